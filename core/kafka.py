@@ -1,0 +1,260 @@
+"""Kafka clients, set up one way: a producer that acknowledges, a reader that follows compacted topics.
+
+Used by serving (ingestion, impressions), streams, candidate, ranker and the tools. Invariant: every producer uses
+the same partitioner, every failure is a StageError that names Kafka and its address.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaException,
+    Message,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient
+
+from core.errors import StageError
+from core.settings import KafkaSettings
+from core.telemetry import get_logger
+from core.topics import PARTITIONER, source_id
+
+_log = get_logger("kafka")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where a message came to lie."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+def client_config(settings: KafkaSettings) -> dict[str, Any]:
+    """What every client shares."""
+    return {
+        "bootstrap.servers": settings.bootstrap_servers,
+        # librdkafka's own lines go through our logger, where they have a level and a process name.
+        "logger": get_logger("librdkafka").stdlib,
+        "log_level": 4,
+        "reconnect.backoff.max.ms": 1000,
+        **settings.client,
+    }
+
+
+class KafkaProducer:
+    """Sends and tells, for each message, where it came to lie or why it did not."""
+
+    def __init__(self, settings: KafkaSettings, *, linger_ms: float = 1, queue_max: int = 100_000) -> None:
+        self._address = settings.bootstrap_servers
+        self._producer = Producer(
+            {
+                **client_config(settings),
+                "partitioner": PARTITIONER,
+                "acks": "all",
+                "enable.idempotence": True,
+                "linger.ms": linger_ms,
+                "delivery.timeout.ms": 10_000,
+                "queue.buffering.max.messages": queue_max,
+            }
+        )
+        self._running = True
+        self._poller = threading.Thread(target=self._poll, name="kafka-producer", daemon=True)
+        self._poller.start()
+
+    def send(
+        self, topic: str, key: bytes, value: bytes | None, headers: Mapping[str, bytes] | None = None
+    ) -> "Future[Written]":
+        """Queues one message. The future fails with StageError when Kafka does not take it in time."""
+        done: Future[Written] = Future()
+
+        def delivered(error: Any, message: Message) -> None:
+            if error is not None:
+                done.set_exception(StageError("kafka", f"{self._address} did not take a message: {error.str()}"))
+            else:
+                done.set_result(Written(topic, message.partition() or 0, message.offset() or 0))
+
+        try:
+            self._producer.produce(topic, value, key, on_delivery=delivered, headers=list((headers or {}).items()))
+        except (BufferError, KafkaException) as error:
+            done.set_exception(StageError("kafka", f"{self._address} is away and the queue is full: {error}"))
+        return done
+
+    def post(self, topic: str, key: bytes, value: bytes | None, headers: Mapping[str, bytes] | None = None) -> bool:
+        """Queues one message that nobody waits for; False when the queue is full."""
+        try:
+            self._producer.produce(topic, value, key, headers=list((headers or {}).items()))
+        except (BufferError, KafkaException):
+            return False
+        return True
+
+    def flush(self, timeout_seconds: float = 10) -> int:
+        """Waits for what is queued; returns how many messages are still undelivered."""
+        return int(self._producer.flush(timeout_seconds))
+
+    def close(self, timeout_seconds: float = 5) -> None:
+        left = self.flush(timeout_seconds)
+        if left:
+            _log.warning("messages not delivered at close", count=left, kafka=self._address)
+        self._running = False
+        self._poller.join(1)
+
+    def _poll(self) -> None:
+        while self._running:
+            self._producer.poll(0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One message of a followed topic. `value` None is a tombstone."""
+
+    topic: str
+    key: bytes
+    value: bytes | None
+    headers: Any
+    partition: int
+    offset: int
+
+
+class TopicFollower:
+    """Reads every partition of some topics, from the start or from given offsets, for as long as it lives.
+
+    No consumer group: each replica sees everything. `on_records` is called on the follower's thread with batches
+    in order; `caught_up` is set when everything that was there at the start has been delivered. Kafka being away
+    delays it and never ends it.
+    """
+
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        topics: Iterable[str],
+        on_records: Callable[[list[Record]], None],
+        start_offsets: Mapping[tuple[str, int], int] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._topics = tuple(topics)
+        self._on_records = on_records
+        self._start_offsets = dict(start_offsets or {})
+        self._targets: dict[tuple[str, int], int] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="topic-follower", daemon=True)
+        self.caught_up = threading.Event()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            consumer = Consumer(
+                {
+                    **client_config(self._settings),
+                    "group.id": "headrace-follower",  # required by the client, never joined nor committed
+                    "enable.auto.commit": False,
+                    "auto.offset.reset": "earliest",
+                    "fetch.wait.max.ms": self._settings.fetch_wait_max_ms,
+                }
+            )
+            try:
+                self._follow(consumer)
+            except KafkaException as error:
+                _log.warning(
+                    "topic follower lost kafka, trying again",
+                    kafka=self._settings.bootstrap_servers,
+                    error=str(error.args[0]),
+                )
+                self._stopping.wait(0.5)
+            finally:
+                consumer.close()
+
+    def _follow(self, consumer: Consumer) -> None:
+        assignment = self._assignment(consumer)
+        consumer.assign(assignment)
+        while not self._stopping.is_set():
+            messages = consumer.consume(1000, 0.02)
+            records = []
+            for message in messages:
+                if message.error() is not None:
+                    _log.warning("topic follower", error=str(message.error()))
+                    continue
+                record = Record(
+                    message.topic() or "",
+                    message.key() or b"",
+                    message.value(),
+                    message.headers(),
+                    message.partition() or 0,
+                    message.offset() or 0,
+                )
+                records.append(record)
+                self._start_offsets[(record.topic, record.partition)] = record.offset + 1
+            if records:
+                self._on_records(records)
+            if not self.caught_up.is_set() and self._reached():
+                self.caught_up.set()
+
+    def _assignment(self, consumer: Consumer) -> list[TopicPartition]:
+        assignment: list[TopicPartition] = []
+        for topic in self._topics:
+            metadata = consumer.list_topics(topic, timeout=5).topics[topic]
+            if metadata.error is not None or not metadata.partitions:
+                raise KafkaException(metadata.error)
+            for partition in metadata.partitions:
+                where = TopicPartition(topic, partition)
+                low, high = consumer.get_watermark_offsets(where, timeout=5)
+                start = self._start_offsets.get((topic, partition), OFFSET_BEGINNING)
+                # Offsets of an older log that this broker does not have: read everything.
+                where.offset = start if start == OFFSET_BEGINNING or low <= start <= high else OFFSET_BEGINNING
+                assignment.append(where)
+                self._targets.setdefault((topic, partition), high if high > low else 0)
+        return assignment
+
+    def _reached(self) -> bool:
+        return all(self._start_offsets.get(where, 0) >= high for where, high in self._targets.items())
+
+
+def topic_sources(settings: KafkaSettings, topics: Iterable[str], timeout_seconds: float = 10) -> dict[str, int]:
+    """Identity of each topic, for the offsets that rows carry. Asks the broker unless `kafka.log_id` is set."""
+    names = list(topics)
+    if settings.log_id:
+        return {name: source_id(name, settings.log_id) for name in names}
+    admin = AdminClient(client_config(settings))
+    sources: dict[str, int] = {}
+    try:
+        described = admin.describe_topics(TopicCollection(names), request_timeout=timeout_seconds)
+        for name, future in described.items():
+            sources[name] = source_id(name, str(future.result(timeout_seconds).topic_id))
+    except KafkaException as error:
+        raise StageError(
+            "kafka",
+            f"{settings.bootstrap_servers} did not describe the topics ({error.args[0].str()}); "
+            "make them with `headrace topics`",
+        ) from error
+    return sources
+
+
+def wait_for_kafka(settings: KafkaSettings, timeout_seconds: float) -> None:
+    """Returns when the broker answers; raises StageError when it does not in time."""
+    admin = AdminClient(client_config(settings))
+    end = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            admin.list_topics(timeout=min(2.0, timeout_seconds))
+            return
+        except KafkaException as error:
+            if time.monotonic() >= end:
+                raise StageError(
+                    "kafka", f"no broker answers at {settings.bootstrap_servers}: {error.args[0].str()}"
+                ) from error

@@ -1,0 +1,82 @@
+"""How a process starts and stops: arguments, settings, logs, signals, one line for what is wrong.
+
+Every `__main__.py` calls `run_process`. Invariant: SIGTERM and SIGINT lead to a clean stop with exit code 0; a
+known error is one line on stderr and exit code 1, never a traceback.
+"""
+
+import argparse
+import asyncio
+import gc
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import uvloop
+
+from core.admin import AdminServer, Readiness
+from core.errors import RecommenderError
+from core.settings import Settings, load_settings
+from core.telemetry import configure_logging, get_logger
+
+_log = get_logger("process")
+
+
+class Process:
+    """What `serve` gets beside its settings: readiness, and the wish to stop."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.readiness = Readiness()
+        self.stopping = asyncio.Event()
+        self._admin: AdminServer | None = None
+
+    def open_admin(self, host: str, port: int) -> None:
+        self._admin = AdminServer(host, port, self.readiness)
+
+    def close(self) -> None:
+        if self._admin is not None:
+            self._admin.close()
+
+
+Serve = Callable[[Settings, Process], Awaitable[None]]
+
+
+def run_process(name: str, meaning: str, serve: Serve) -> int:
+    """Parses the command line and runs `serve` until it returns. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=meaning)
+    parser.add_argument("--config", type=Path, help="TOML file in the shape of core/defaults.toml")
+    parser.add_argument("--check-config", action="store_true", help="read the settings, say what is wrong, exit")
+    arguments = parser.parse_args()
+    try:
+        settings = load_settings(arguments.config)
+        if arguments.check_config:
+            print(f"{name}: settings are valid")  # noqa: T201
+            return 0
+        configure_logging(settings.telemetry, name)
+        uvloop.run(_run(name, serve, settings))
+    except RecommenderError as error:
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except OSError as error:
+        print(f"{name}: {error.strerror or error}; is the port in use?", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+async def _run(name: str, serve: Serve, settings: Settings) -> None:
+    process = Process(name)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, process.stopping.set)
+    try:
+        await serve(settings, process)
+        _log.info("stopped")
+    finally:
+        process.close()
+
+
+def freeze_heap() -> None:
+    """Call after warm-up: what lives now lives on, so the cyclic collector need not walk it (long pauses)."""
+    gc.collect()
+    gc.freeze()

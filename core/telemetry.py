@@ -1,0 +1,83 @@
+"""Logs (structlog) and metrics (Prometheus): one line an event, one prefix a process.
+
+Set up first thing in every process. Invariant: a metric's name starts with `headrace_<process>_` and ends in its
+unit; logs go to stderr and never hold secrets or whole item lists.
+"""
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+from core.settings import TelemetrySettings
+
+# Milliseconds; from a Redis read to a late answer.
+LATENCY_BUCKETS_MS = (0.25, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300, 500, 1000, 3000)
+
+
+class Logger:
+    """`logger.info("what happened", key=value)`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._logger: Any = structlog.get_logger(name).bind(part=name)
+
+    @property
+    def stdlib(self) -> logging.Logger:
+        """For libraries that want one of the standard library."""
+        return logging.getLogger(self._name)
+
+    def debug(self, event: str, **values: object) -> None:
+        self._logger.debug(event, **values)
+
+    def info(self, event: str, **values: object) -> None:
+        self._logger.info(event, **values)
+
+    def warning(self, event: str, **values: object) -> None:
+        self._logger.warning(event, **values)
+
+    def error(self, event: str, **values: object) -> None:
+        self._logger.error(event, **values)
+
+
+def get_logger(name: str) -> Logger:
+    return Logger(name)
+
+
+def configure_logging(settings: TelemetrySettings, process: str) -> None:
+    """Sends this process's logs, and those of the libraries it uses, to stderr in one format."""
+    level = getattr(logging, settings.log_level.upper())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+    )
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.bind_contextvars(process=process)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=renderer))
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
+
+
+def counter(process: str, name: str, meaning: str, labels: tuple[str, ...] = ()) -> Counter:
+    return Counter(f"headrace_{process}_{name}", meaning, labels)
+
+
+def gauge(process: str, name: str, meaning: str, labels: tuple[str, ...] = ()) -> Gauge:
+    return Gauge(f"headrace_{process}_{name}", meaning, labels)
+
+
+def histogram_ms(process: str, name: str, meaning: str, labels: tuple[str, ...] = ()) -> Histogram:
+    return Histogram(f"headrace_{process}_{name}", meaning, labels, buckets=LATENCY_BUCKETS_MS)
