@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import events_pb2 as headrace_dot_v1_dot_events__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headrace/v1/state.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/events.proto\"\xed\x03\n\tUserState\x12\x10\n\x08\x65ncoding\x18\x01 \x01(\r\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x14\n\x0cwatermark_ms\x18\x03 \x01(\x03\x12*\n\x07offsets\x18\x04 \x03(\x0b\x32\x19.headrace.v1.SourceOffset\x12\x15\n\rtime_delta_ms\x18\x05 \x03(\x12\x12\x12\n\nevent_hash\x18\x06 \x03(\x06\x12\x0f\n\x07item_id\x18\x07 \x03(\t\x12\x0c\n\x04kind\x18\x08 \x03(\r\x12\r\n\x05value\x18\t \x03(\x02\x12\x11\n\tkind_name\x18\n \x03(\t\x12\x1d\n\x15horizon_time_delta_ms\x18\x0b \x03(\x12\x12\x1a\n\x12horizon_event_hash\x18\x0c \x03(\x06\x12/\n\rkind_counters\x18\r \x03(\x0b\x32\x18.headrace.v1.KindCounter\x12\x36\n\x11\x63\x61tegory_affinity\x18\x0e \x03(\x0b\x32\x1b.headrace.v1.DecayedBuckets\x12\x1d\n\x15outside_horizon_count\x18\x0f \x01(\x03\x12\x17\n\x0f\x64uplicate_count\x18\x10 \x01(\x03\x12\x1b\n\x13\x66irst_event_time_ms\x18\x11 \x01(\x03\x12\x15\n\rdwell_seconds\x18\x12 \x01(\x01\"=\n\x0bKindCounter\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\x12\x11\n\tvalue_sum\x18\x03 \x01(\x01\"U\n\x0e\x44\x65\x63\x61yedBuckets\x12\x14\n\x0chalf_life_ms\x18\x01 \x01(\x03\x12\x10\n\x08landmark\x18\x02 \x01(\x03\x12\x0e\n\x06\x62ucket\x18\x03 \x03(\r\x12\x0b\n\x03sum\x18\x04 \x03(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headrace/v1/state.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/events.proto\"\x83\x04\n\tUserState\x12\x10\n\x08\x65ncoding\x18\x01 \x01(\r\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x14\n\x0cwatermark_ms\x18\x03 \x01(\x03\x12*\n\x07offsets\x18\x04 \x03(\x0b\x32\x19.headrace.v1.SourceOffset\x12\x15\n\rtime_delta_ms\x18\x05 \x03(\x12\x12\x12\n\nevent_hash\x18\x06 \x03(\x06\x12\x0f\n\x07item_id\x18\x07 \x03(\t\x12\x0c\n\x04kind\x18\x08 \x03(\r\x12\x14\n\x0cvalued_index\x18\t \x03(\r\x12\r\n\x05value\x18\x13 \x03(\x01\x12\x11\n\tkind_name\x18\n \x03(\t\x12\x1d\n\x15horizon_time_delta_ms\x18\x0b \x03(\x12\x12\x1a\n\x12horizon_event_hash\x18\x0c \x03(\x06\x12/\n\rkind_counters\x18\r \x03(\x0b\x32\x18.headrace.v1.KindCounter\x12\x36\n\x11\x63\x61tegory_affinity\x18\x0e \x03(\x0b\x32\x1b.headrace.v1.DecayedBuckets\x12\x1d\n\x15outside_horizon_count\x18\x0f \x01(\x03\x12\x17\n\x0f\x64uplicate_count\x18\x10 \x01(\x03\x12\x1b\n\x13\x66irst_event_time_ms\x18\x11 \x01(\x03\x12\x15\n\rdwell_seconds\x18\x12 \x01(\x01\"=\n\x0bKindCounter\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\x12\x11\n\tvalue_sum\x18\x03 \x01(\x01\"?\n\x0e\x44\x65\x63\x61yedBuckets\x12\x10\n\x08landmark\x18\x01 \x01(\x03\x12\x0e\n\x06\x62ucket\x18\x02 \x03(\r\x12\x0b\n\x03sum\x18\x03 \x03(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.state_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USERSTATE']._serialized_start=67
-  _globals['_USERSTATE']._serialized_end=560
-  _globals['_KINDCOUNTER']._serialized_start=562
-  _globals['_KINDCOUNTER']._serialized_end=623
-  _globals['_DECAYEDBUCKETS']._serialized_start=625
+  _globals['_USERSTATE']._serialized_end=582
+  _globals['_KINDCOUNTER']._serialized_start=584
+  _globals['_KINDCOUNTER']._serialized_end=645
+  _globals['_DECAYEDBUCKETS']._serialized_start=647
   _globals['_DECAYEDBUCKETS']._serialized_end=710
 # @@protoc_insertion_point(module_scope)

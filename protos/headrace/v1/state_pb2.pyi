@@ -35,6 +35,7 @@ class UserState(_message.Message):
     EVENT_HASH_FIELD_NUMBER: _builtins.int
     ITEM_ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    VALUED_INDEX_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     KIND_NAME_FIELD_NUMBER: _builtins.int
     HORIZON_TIME_DELTA_MS_FIELD_NUMBER: _builtins.int
@@ -75,6 +76,10 @@ class UserState(_message.Message):
         """Index into `kind_name`."""
 
     @_builtins.property
+    def valued_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Values that are not 1: which entries, and what."""
+
+    @_builtins.property
     def value(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def kind_name(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -101,6 +106,7 @@ class UserState(_message.Message):
         event_hash: _abc.Iterable[_builtins.int] | None = ...,
         item_id: _abc.Iterable[_builtins.str] | None = ...,
         kind: _abc.Iterable[_builtins.int] | None = ...,
+        valued_index: _abc.Iterable[_builtins.int] | None = ...,
         value: _abc.Iterable[_builtins.float] | None = ...,
         kind_name: _abc.Iterable[_builtins.str] | None = ...,
         horizon_time_delta_ms: _abc.Iterable[_builtins.int] | None = ...,
@@ -114,7 +120,7 @@ class UserState(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["category_affinity", b"category_affinity", "duplicate_count", b"duplicate_count", "dwell_seconds", b"dwell_seconds", "encoding", b"encoding", "event_hash", b"event_hash", "first_event_time_ms", b"first_event_time_ms", "horizon_event_hash", b"horizon_event_hash", "horizon_time_delta_ms", b"horizon_time_delta_ms", "item_id", b"item_id", "kind", b"kind", "kind_counters", b"kind_counters", "kind_name", b"kind_name", "offsets", b"offsets", "outside_horizon_count", b"outside_horizon_count", "revision", b"revision", "time_delta_ms", b"time_delta_ms", "value", b"value", "watermark_ms", b"watermark_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["category_affinity", b"category_affinity", "duplicate_count", b"duplicate_count", "dwell_seconds", b"dwell_seconds", "encoding", b"encoding", "event_hash", b"event_hash", "first_event_time_ms", b"first_event_time_ms", "horizon_event_hash", b"horizon_event_hash", "horizon_time_delta_ms", b"horizon_time_delta_ms", "item_id", b"item_id", "kind", b"kind", "kind_counters", b"kind_counters", "kind_name", b"kind_name", "offsets", b"offsets", "outside_horizon_count", b"outside_horizon_count", "revision", b"revision", "time_delta_ms", b"time_delta_ms", "value", b"value", "valued_index", b"valued_index", "watermark_ms", b"watermark_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -147,15 +153,15 @@ Global___KindCounter: _TypeAlias = KindCounter  # noqa: Y015
 
 @_typing.final
 class DecayedBuckets(_message.Message):
-    """Forward-decayed sums over hashed buckets, sparse: bucket[i] holds sum[i]."""
+    """Forward-decayed sums over hashed buckets, sparse: bucket[i] holds sum[i]. One per half-life, in the order of
+    the setting features.half_lives_seconds.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HALF_LIFE_MS_FIELD_NUMBER: _builtins.int
     LANDMARK_FIELD_NUMBER: _builtins.int
     BUCKET_FIELD_NUMBER: _builtins.int
     SUM_FIELD_NUMBER: _builtins.int
-    half_life_ms: _builtins.int
     landmark: _builtins.int
     @_builtins.property
     def bucket(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -164,14 +170,13 @@ class DecayedBuckets(_message.Message):
     def __init__(
         self,
         *,
-        half_life_ms: _builtins.int = ...,
         landmark: _builtins.int = ...,
         bucket: _abc.Iterable[_builtins.int] | None = ...,
         sum: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "half_life_ms", b"half_life_ms", "landmark", b"landmark", "sum", b"sum"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "landmark", b"landmark", "sum", b"sum"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,161 @@
+"""The catalogue as columns: items by row number, their attributes and their statistics, ready for gathering.
+
+Each replica of candidate, ranker and serving holds one, loads it from the bundle and keeps it fresh from the
+compacted topics. Invariant: a row number, once given to an item_id, stays that item's for the life of the catalogue;
+a removed item keeps its row and is not available. One writer; readers may run beside it.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from headrace.v1.events_pb2 import Item, ItemStats
+
+from core.codec import to_ms
+from core.settings import FeaturesSettings
+from features import item_stats
+from features.item_stats import ItemPartial
+from features.transforms import category_bucket, stable_hash
+
+CATEGORIES_PER_ITEM = 4
+# Rows of the rankers' and towers' category tables; 0 is "none".
+CATEGORY_VOCABULARY = 1024
+_NEVER_MS = np.iinfo(np.int64).max
+
+Rows = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+class Catalog:
+    """Items and their statistics, by row."""
+
+    def __init__(self, settings: FeaturesSettings) -> None:
+        self._settings = settings
+        self._row_of: dict[str, int] = {}
+        self.item_ids: list[str] = []
+        self.items: list[Item] = []
+        self._partials: dict[int, dict[int, ItemPartial]] = {}
+        # Goes up with every change; caches of derived arrays compare it.
+        self.revision = 0
+        self._columns: dict[str, npt.NDArray[Any]] = {}
+        self._grow(1024)
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def row(self, item_id: str) -> int:
+        """The item's row, or -1."""
+        return self._row_of.get(item_id, -1)
+
+    def rows(self, item_ids: Iterable[str]) -> Rows:
+        """Rows of items, -1 where unknown. Shape [n]."""
+        get = self._row_of.get
+        return np.fromiter((get(item_id, -1) for item_id in item_ids), np.int32)
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column, one value (or vector) a row.
+
+        `available`, `publish_ms`, `expire_ms`, `categories` [n, 4], `buckets` [n, 4], `year`, `log_price`,
+        `impressions`, `clicks`, `log2_popularity` [n, half-lives], `stats_revision`.
+        return self._columns[name][: len(self.item_ids)]
+
+    def upsert(self, item: Item) -> int:
+        """Adds or replaces an item; returns its row."""
+        row = self._row_for(item.item_id)
+        self.items[row] = item
+        columns = self._columns
+        columns["available"][row] = not item.HasField("available") or item.available
+        columns["publish_ms"][row] = to_ms(item.publish_time) if item.HasField("publish_time") else 0
+        columns["expire_ms"][row] = to_ms(item.expire_time) if item.HasField("expire_time") else _NEVER_MS
+        categories = list(item.categories)[:CATEGORIES_PER_ITEM]
+        columns["categories"][row] = 0
+        columns["buckets"][row] = -1
+        for index, category in enumerate(categories):
+            columns["categories"][row, index] = 1 + stable_hash(category) % (CATEGORY_VOCABULARY - 1)
+            columns["buckets"][row, index] = category_bucket(category, self._settings.category_buckets)
+        columns["year"][row] = (item.year - 2000) / 20 if item.HasField("year") else 0.0
+        columns["log_price"][row] = math.log1p(max(item.price, 0.0)) if item.HasField("price") else 0.0
+        self.revision += 1
+        return row
+
+    def remove(self, item_id: str) -> int:
+        """Takes an item out of recommendation; returns its row, or -1 where it was never there."""
+        row = self.row(item_id)
+        if row >= 0:
+            self._columns["available"][row] = False
+            self.revision += 1
+        return row
+
+    def put_stats(self, stats: ItemStats) -> int:
+        """Replaces the partial sums of one (item, source partition); returns the item's row."""
+        row = self._row_for(stats.item_id)
+        partials = self._partials.setdefault(row, {})
+        partials[stats.source_partition] = item_stats.decode(stats)
+        total = item_stats.add_up(partials.values())
+        columns = self._columns
+        columns["impressions"][row] = total.kinds.get("impression", (0, 0.0))[0]
+        columns["clicks"][row] = sum(
+            total.kinds.get(kind, (0, 0.0))[0] for kind in self._settings.positive_kinds if kind != "dwell"
+        )
+        columns["log2_popularity"][row] = [
+            math.log2(sum_) + landmark if sum_ > 0 else -np.inf for landmark, sum_ in total.popularity
+        ]
+        columns["stats_revision"][row] = total.revision
+        self.revision += 1
+        return row
+
+    def stats(self, row: int) -> ItemPartial:
+        """The added-up statistics of an item."""
+        return item_stats.add_up(self._partials.get(row, {}).values())
+
+    def partials(self) -> Iterable[tuple[str, int, ItemPartial]]:
+        """All partial sums: item_id, source partition, sums."""
+        for row, by_partition in self._partials.items():
+            for partition, partial in by_partition.items():
+                yield self.item_ids[row], partition, partial
+
+    def popularity(self, now_ms: int, half_life_index: int = -1) -> Floats:
+        """Decayed engagement of every item as of `now_ms`. Shape [n]."""
+        half_life_ms = self._settings.half_lives_seconds[half_life_index] * 1000
+        exponent = self.column("log2_popularity")[:, half_life_index] - now_ms / half_life_ms
+        return np.exp2(np.clip(exponent, -1000, 100)).astype(np.float32)
+
+    def servable(self, now_ms: int) -> npt.NDArray[np.bool_]:
+        """Which items may be recommended at `now_ms`: available, published, not expired. Shape [n]."""
+        available: npt.NDArray[np.bool_] = self.column("available")
+        return available & (self.column("publish_ms") <= now_ms) & (self.column("expire_ms") > now_ms)
+
+    def _row_for(self, item_id: str) -> int:
+        row = self._row_of.get(item_id)
+        if row is not None:
+            return row
+        row = len(self.item_ids)
+        if row >= len(self._columns["available"]):
+            self._grow(2 * row)
+        # Readers look at `item_ids` for the length: it comes last.
+        self.items.append(Item(item_id=item_id))
+        self._row_of[item_id] = row
+        self.item_ids.append(item_id)
+        return row
+
+    def _grow(self, capacity: int) -> None:
+        half_lives = len(self._settings.half_lives_seconds)
+        empty: dict[str, npt.NDArray[Any]] = {
+            # Known from statistics alone: not to be recommended until its item arrives.
+            "available": np.zeros(capacity, np.bool_),
+            "publish_ms": np.zeros(capacity, np.int64),
+            "expire_ms": np.full(capacity, _NEVER_MS, np.int64),
+            "categories": np.zeros((capacity, CATEGORIES_PER_ITEM), np.int32),
+            "buckets": np.full((capacity, CATEGORIES_PER_ITEM), -1, np.int32),
+            "year": np.zeros(capacity, np.float32),
+            "log_price": np.zeros(capacity, np.float32),
+            "impressions": np.zeros(capacity, np.float32),
+            "clicks": np.zeros(capacity, np.float32),
+            "log2_popularity": np.full((capacity, half_lives), -np.inf, np.float64),
+            "stats_revision": np.zeros(capacity, np.int64),
+        }
+        for name, old in self._columns.items():
+            empty[name][: len(old)] = old
+        self._columns = empty

@@ -1,0 +1,98 @@
+"""Statistics of items as partial sums, one row per (item, source partition), added up by whoever reads.
+
+The stream writes the rows and broadcasts them; replicas add them up in `features.catalog`. Invariant: a row has one
+writer (the worker that owns the partition) and carries the offsets that it includes, so a replay changes nothing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from headrace.v1.events_pb2 import DecayedSum, KindStats
+from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
+
+from core.settings import FeaturesSettings
+from features import decay
+from features.transforms import engagement_weight
+from features.windows import OTHER_KINDS, Position, UserEvent, decode_offsets, encode_offsets
+
+
+@dataclass(slots=True)
+class ItemPartial:
+    """Partial sums of one item over one source partition."""
+
+    revision: int = 0
+    watermark_ms: int = 0
+    offsets: dict[tuple[int, int], int] = field(default_factory=dict)
+    # kind -> (count, sum of values)
+    kinds: dict[str, tuple[int, float]] = field(default_factory=dict)
+    # One per half-life: forward-decayed engagement (features/decay.py).
+    popularity: list[tuple[int, float]] = field(default_factory=list)
+
+
+def is_replay(partial: ItemPartial, position: Position | None) -> bool:
+    """Whether the row includes this position already."""
+    return position is not None and position.offset <= partial.offsets.get(position[:2], -1)
+
+
+def apply(partial: ItemPartial, event: UserEvent, settings: FeaturesSettings) -> None:
+    """Adds one event that the user's state APPLIED (or one shown item, kind `impression`). Check `is_replay` first."""
+    if event.position is not None:
+        partial.offsets[event.position[:2]] = event.position.offset
+    partial.revision += 1
+    partial.watermark_ms = max(partial.watermark_ms, event.time_ms)
+    kind = event.kind if event.kind in settings.kind_weights else OTHER_KINDS
+    count, value_sum = partial.kinds.get(kind, (0, 0.0))
+    partial.kinds[kind] = (count + 1, value_sum + event.value)
+    weight = max(0.0, engagement_weight(event.kind, event.value, event.confidence, settings))
+    if not partial.popularity:
+        partial.popularity = [(0, 0.0)] * len(settings.half_lives_seconds)
+    for index, half_life_seconds in enumerate(settings.half_lives_seconds):
+        landmark, growth = decay.landmark_weight(event.time_ms, half_life_seconds * 1000)
+        partial.popularity[index] = decay.add(*partial.popularity[index], landmark, weight * growth)
+
+
+def add_up(partials: Iterable[ItemPartial]) -> ItemPartial:
+    """The statistics of an item: the sum of its partials (offsets left out)."""
+    total = ItemPartial()
+    for partial in partials:
+        total.revision += partial.revision
+        total.watermark_ms = max(total.watermark_ms, partial.watermark_ms)
+        for kind, (count, value_sum) in partial.kinds.items():
+            before = total.kinds.get(kind, (0, 0.0))
+            total.kinds[kind] = (before[0] + count, before[1] + value_sum)
+        if not total.popularity:
+            total.popularity = list(partial.popularity)
+        elif partial.popularity:
+            pairs = zip(total.popularity, partial.popularity, strict=True)
+            total.popularity = [decay.add(*ours, *theirs) for ours, theirs in pairs]
+    return total
+
+
+def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: FeaturesSettings) -> ItemStatsProto:
+    return ItemStatsProto(
+        item_id=item_id,
+        source_partition=source_partition,
+        offsets=encode_offsets(partial.offsets),
+        revision=partial.revision,
+        watermark_ms=partial.watermark_ms,
+        kinds=[
+            KindStats(kind=kind, count=count, value_sum=value_sum)
+            for kind, (count, value_sum) in sorted(partial.kinds.items())
+        ],
+        popularity=[
+            DecayedSum(half_life_ms=half_life_seconds * 1000, landmark=landmark, sum=total)
+            for half_life_seconds, (landmark, total) in zip(
+                settings.half_lives_seconds, partial.popularity, strict=False
+            )
+        ],
+    )
+
+
+def decode(proto: ItemStatsProto) -> ItemPartial:
+    return ItemPartial(
+        revision=proto.revision,
+        watermark_ms=proto.watermark_ms,
+        offsets=decode_offsets(proto.offsets),
+        kinds={stats.kind: (stats.count, stats.value_sum) for stats in proto.kinds},
+        popularity=[(entry.landmark, entry.sum) for entry in proto.popularity],
+    )

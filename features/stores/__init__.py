@@ -1,0 +1,1 @@
+"""Where features live: rows in the online store (Redis, in Feast's layout) and the Parquet event log."""

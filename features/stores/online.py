@@ -1,0 +1,178 @@
+"""The thin reader and writer of the online store: rows of `features.definitions` in Redis, in Feast's layout.
+
+The stream writes and reads with `OnlineStore` (sync); the request path has its own async reader over the same
+layout. Invariant, the row rule: a guarded write names the bytes that the writer saw in one column (`offsets`, or a
+revision) and takes effect only if they are still there, in one step on one key. Writes are never retried silently
+and a changed Redis shows itself as StoreChangedError: whoever wrote before it must go back to the marker.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from headrace.v1.store_pb2 import SourceOffsets
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from core.clock import Clock, SystemClock
+from core.errors import StageError
+from core.settings import RedisSettings
+from features.definitions import ColumnType, View
+from features.stores.layout import Cell, ViewLayout, decode_cell, decode_time, encode_cell, encode_time, row_key
+from features.windows import decode_offsets, encode_offsets
+
+# KEYS[1] row; ARGV: guard field, bytes expected there ('' = absent), then field, value, field, value...
+_COMPARE_AND_SET = """
+local seen = redis.call('HGET', KEYS[1], ARGV[1])
+if (seen or '') ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+return 1
+"""
+ABSENT = b""
+
+
+class StoreChangedError(StageError):
+    """Redis is another one than before (restarted, failed over): what was written last may be gone."""
+
+    def __init__(self) -> None:
+        super().__init__("redis", "another Redis answers than before; go back to the marker")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A view's cells of one entity as read. `time_ms` None = never written."""
+
+    cells: Mapping[str, Cell]
+    raw: Mapping[str, bytes]
+    time_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One row to write. With `guard` set, only if that column still holds `expected` (raw bytes, b"" = absent)."""
+
+    view: View
+    key: tuple[str, ...]
+    cells: Mapping[str, Cell]
+    guard: str = ""
+    expected: bytes = ABSENT
+
+
+class OnlineStore:
+    """Rows in Redis. Not thread-safe: one per thread."""
+
+    def __init__(self, settings: RedisSettings, project: str, clock: Clock | None = None) -> None:
+        self._project = project
+        self._clock = clock or SystemClock()
+        self._layouts: dict[str, ViewLayout] = {}
+        self._run_id: bytes | None = None
+        self._changed = False
+        self._client = redis.Redis.from_url(
+            settings.url.get_secret_value(),
+            socket_timeout=settings.timeout_ms / 1000,
+            socket_connect_timeout=settings.timeout_ms / 1000,
+            # A silent retry or reconnect would hide a Redis that lost its last seconds.
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=self._on_connect,
+        )
+        self._compare_and_set = self._client.register_script(_COMPARE_AND_SET)
+
+    def ping(self) -> None:
+        self._run(self._client.ping)
+
+    def read(self, view: View, keys: Sequence[tuple[str, ...]]) -> list[Row]:
+        """Rows of a view, in the order of `keys`; one round trip."""
+        layout = self._layout(view)
+        names = [column.name for column in view.columns]
+        fields = [layout.timestamp_field, *(layout.fields[name] for name in names)]
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.hmget(row_key(self._project, view.join_keys, key), fields)
+        return [self._row(view, names, values) for values in self._run(pipeline.execute)]
+
+    def write(self, writes: Sequence[Write]) -> list[bool]:
+        """Writes rows in order on one connection; says for each whether it took effect."""
+        if not writes:
+            return []
+        pipeline = self._client.pipeline(transaction=False)
+        time = encode_time(self._clock.now_ms())
+        for write in writes:
+            layout = self._layout(write.view)
+            key = row_key(self._project, write.view.join_keys, write.key)
+            types = {column.name: column.type for column in write.view.columns}
+            values: list[bytes] = [layout.timestamp_field, time]
+            for name, cell in write.cells.items():
+                values += [layout.fields[name], encode_cell(types[name], cell)]
+            if write.guard:
+                self._compare_and_set([key], [layout.fields[write.guard], write.expected, *values], client=pipeline)
+            else:
+                pipeline.hset(key, items=values)
+        results = self._run(pipeline.execute)
+        return [bool(result) or not write.guard for write, result in zip(writes, results, strict=True)]
+
+    def delete(self, view: View, keys: Sequence[tuple[str, ...]]) -> int:
+        """Removes whole entities (all views that share the hash); returns how many were there."""
+        if not keys:
+            return 0
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.delete(row_key(self._project, view.join_keys, key))
+        return sum(self._run(pipeline.execute))
+
+    def read_marker(self, partition: int) -> dict[tuple[int, int], int]:
+        """Per (source, partition) the newest offset up to which all rows are written; empty when unknown."""
+        raw = self._run(lambda: self._client.get(self._marker_key(partition)))
+        return decode_offsets(SourceOffsets.FromString(raw).offsets) if raw else {}
+
+    def write_marker(self, partition: int, offsets: dict[tuple[int, int], int]) -> None:
+        value = SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
+        self._run(lambda: self._client.set(self._marker_key(partition), value))
+
+    def keys_of(self, view: View, batch: int = 1000) -> Iterable[str]:
+        """Entity values of a single-entity view, by scanning; for sweeps and tools."""
+        prefix = row_key("", view.join_keys, ("",))[:-4]
+        skip = len(prefix) + 4
+        for raw in self._client.scan_iter(match=_escape_glob(prefix) + b"*", count=batch):
+            yield raw[skip : -len(self._project) or None].decode()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _marker_key(self, partition: int) -> str:
+        return f"{self._project}:marker:{partition}"
+
+    def _layout(self, view: View) -> ViewLayout:
+        layout = self._layouts.get(view.name)
+        if layout is None:
+            layout = self._layouts[view.name] = ViewLayout.of(view)
+        return layout
+
+    def _row(self, view: View, names: list[str], values: list[bytes | None]) -> Row:
+        raw = {name: value for name, value in zip(names, values[1:], strict=True) if value is not None}
+        types: dict[str, ColumnType] = {column.name: column.type for column in view.columns}
+        cells = {name: cell for name, value in raw.items() if (cell := decode_cell(types[name], value)) is not None}
+        return Row(cells, raw, decode_time(values[0]))
+
+    def _on_connect(self, connection: Any) -> None:
+        connection.on_connect()
+        connection.send_command("INFO", "server")
+        info = connection.read_response()
+        text = info if isinstance(info, bytes) else str(info).encode()
+        run_id = next((line for line in text.split(b"\r\n") if line.startswith(b"run_id:")), b"")
+        self._changed = self._changed or (self._run_id is not None and run_id != self._run_id)
+        self._run_id = run_id
+
+    def _run(self, call: Any) -> Any:
+        try:
+            result = call()
+        except redis.RedisError as error:
+            raise StageError("redis", f"{type(error).__name__}: {error}") from error
+        if self._changed:
+            self._changed = False
+            raise StoreChangedError
+        return result
+
+
+def _escape_glob(raw: bytes) -> bytes:
+    return b"".join(b"\\" + bytes([c]) if c in b"*?[]\\" else bytes([c]) for c in raw)

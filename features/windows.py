@@ -1,0 +1,296 @@
+"""The state of a user as a pure function of their events: `apply(state, events) -> outcomes`.
+
+The stream applies it to each batch, training replays the log through it, tests compare the two. Invariant: inside
+the duplicate horizon, any order, duplication, batching and restart of the same events gives the same state; an
+event at or below the row's offset is a replay, a known event_id is a duplicate, both change nothing but a count.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, SourceOffset
+from headrace.v1.state_pb2 import DecayedBuckets, KindCounter
+from headrace.v1.state_pb2 import UserState as UserStateProto
+
+from core.codec import to_ms
+from core.errors import MalformedEventError
+from core.settings import FeaturesSettings
+from features import decay
+from features.transforms import category_bucket, engagement_weight, stable_hash
+
+ENCODING = 1
+IMPRESSION = "impression"
+OTHER_KINDS = "other"
+
+
+class Position(NamedTuple):
+    """Where an event lies in the log. `source` is `core.topics.source_id`."""
+
+    source: int
+    partition: int
+    offset: int
+
+
+class UserEvent(NamedTuple):
+    """What the state needs of an event, whichever topic or file it came from."""
+
+    user_id: str
+    event_hash: int
+    item_id: str
+    kind: str
+    time_ms: int
+    value: float = 1.0
+    confidence: float = 1.0
+    categories: tuple[str, ...] = ()
+    position: Position | None = None
+
+
+class Interaction(NamedTuple):
+    """One entry of a user's history. Ordered by time, then by event hash."""
+
+    time_ms: int
+    event_hash: int
+    item_id: str
+    kind: str
+    value: float
+
+
+class Outcome(IntEnum):
+    """What became of an event."""
+
+    APPLIED = 0
+    DUPLICATE = 1
+    REPLAY = 2
+
+
+@dataclass(slots=True)
+class UserState:
+    """What is kept of one user."""
+
+    revision: int = 0
+    watermark_ms: int = 0
+    first_event_time_ms: int = 0
+    offsets: dict[tuple[int, int], int] = field(default_factory=dict)
+    # The last N interactions, oldest first.
+    history: list[Interaction] = field(default_factory=list)
+    # (time_ms, event_hash) of the events before them, oldest first, up to the duplicate horizon.
+    horizon: list[tuple[int, int]] = field(default_factory=list)
+    # Hashes of both.
+    known: set[int] = field(default_factory=set)
+    # kind -> (count, sum of values)
+    kinds: dict[str, tuple[int, float]] = field(default_factory=dict)
+    # One per half-life: landmark, and forward-decayed weight per category bucket.
+    affinity: list[tuple[int, dict[int, float]]] = field(default_factory=list)
+    dwell_seconds: float = 0.0
+    duplicate_count: int = 0
+    outside_horizon_count: int = 0
+
+
+def apply(state: UserState, events: Iterable[UserEvent], settings: FeaturesSettings) -> list[Outcome]:
+    """Applies events of one user to `state`, in place.
+
+    Returns:
+        The outcome of each event, in order: what else counts events (item statistics) counts the APPLIED ones.
+    """
+    return [_apply_one(state, event, settings) for event in events]
+
+
+def _apply_one(state: UserState, event: UserEvent, settings: FeaturesSettings) -> Outcome:
+    if event.position is not None:
+        where = (event.position.source, event.position.partition)
+        if event.position.offset <= state.offsets.get(where, -1):
+            return Outcome.REPLAY
+        state.offsets[where] = event.position.offset
+    if event.event_hash in state.known:
+        state.duplicate_count += 1
+        return Outcome.DUPLICATE
+    _remember(state, event, settings)
+    if event.event_hash not in state.known:
+        state.outside_horizon_count += 1
+    kind = event.kind if event.kind in settings.kind_weights else OTHER_KINDS
+    count, value_sum = state.kinds.get(kind, (0, 0.0))
+    state.kinds[kind] = (count + 1, value_sum + event.value)
+    if event.kind == IMPRESSION:
+        return Outcome.APPLIED
+    state.revision += 1
+    state.watermark_ms = max(state.watermark_ms, event.time_ms)
+    earliest = state.first_event_time_ms
+    state.first_event_time_ms = min(earliest, event.time_ms) if earliest else event.time_ms
+    if event.kind == "dwell":
+        state.dwell_seconds += event.value
+    if event.categories:
+        _count_categories(state, event, settings)
+    return Outcome.APPLIED
+
+
+def _remember(state: UserState, event: UserEvent, settings: FeaturesSettings) -> None:
+    """Puts the event into the history and the duplicate horizon, and drops what falls out at the old end."""
+    if event.kind == IMPRESSION:
+        # What was merely shown is not an interaction: it takes part in the horizon alone.
+        _remember_id(state, (event.time_ms, event.event_hash), settings)
+        return
+    insort(state.history, Interaction(event.time_ms, event.event_hash, event.item_id, event.kind, event.value))
+    state.known.add(event.event_hash)
+    if len(state.history) > settings.history_length:
+        oldest = state.history.pop(0)
+        state.known.discard(oldest.event_hash)
+        _remember_id(state, (oldest.time_ms, oldest.event_hash), settings)
+
+
+def _remember_id(state: UserState, entry: tuple[int, int], settings: FeaturesSettings) -> None:
+    capacity = settings.duplicate_horizon - settings.history_length
+    insort(state.horizon, entry)
+    state.known.add(entry[1])
+    if len(state.horizon) > capacity:
+        state.known.discard(state.horizon.pop(0)[1])
+
+
+def _count_categories(state: UserState, event: UserEvent, settings: FeaturesSettings) -> None:
+    weight = engagement_weight(event.kind, event.value, event.confidence, settings) / len(event.categories)
+    if not state.affinity:
+        state.affinity = [(0, {}) for _ in settings.half_lives_seconds]
+    for index, half_life_seconds in enumerate(settings.half_lives_seconds):
+        landmark, sums = state.affinity[index]
+        event_landmark, growth = decay.landmark_weight(event.time_ms, half_life_seconds * 1000)
+        if event_landmark > landmark:
+            sums = {bucket: decay.add(landmark, total, event_landmark, 0.0)[1] for bucket, total in sums.items()}
+            landmark = event_landmark
+        for category in event.categories:
+            bucket = category_bucket(category, settings.category_buckets)
+            sums[bucket] = decay.add(landmark, sums.get(bucket, 0.0), event_landmark, weight * growth)[1]
+        state.affinity[index] = (landmark, sums)
+
+
+def recent_items(state: UserState, kinds: frozenset[str] | None = None) -> list[str]:
+    """Item ids of the history, newest first, each once."""
+    return list(dict.fromkeys(e.item_id for e in reversed(state.history) if kinds is None or e.kind in kinds))
+
+
+def session(state: UserState, now_ms: int, gap_seconds: int) -> list[Interaction]:
+    """The interactions of the session that is still open at `now_ms`, oldest first; empty when none is."""
+    gap_ms, end_ms = gap_seconds * 1000, now_ms
+    start = bisect_left(state.history, (now_ms + 1,))
+    first = start
+    while first > 0 and end_ms - state.history[first - 1].time_ms <= gap_ms:
+        end_ms = state.history[first - 1].time_ms
+        first -= 1
+    return state.history[first:start]
+
+
+def as_user_event(message: Event | Feedback, position: Position | None = None) -> UserEvent:
+    """The event as the state sees it, from a checked message of the log."""
+    return UserEvent(
+        message.user_id,
+        stable_hash(message.event_id),
+        message.item_id,
+        message.kind,
+        to_ms(message.event_time),
+        message.value if message.HasField("value") else 1.0,
+        message.confidence if message.HasField("confidence") else 1.0,
+        tuple(message.categories),
+        position,
+    )
+
+
+def as_impression_event(shown: ImpressionList, position: Position | None = None) -> UserEvent:
+    """An answer that was shown, as the state sees it: one event for the whole list."""
+    return UserEvent(
+        shown.user_id, stable_hash(shown.event_id), "", IMPRESSION, to_ms(shown.event_time), position=position
+    )
+
+
+def encode(state: UserState) -> bytes:
+    """The state as bytes (headrace.v1.UserState); equal states give equal bytes."""
+    proto = UserStateProto(
+        encoding=ENCODING,
+        revision=state.revision,
+        watermark_ms=state.watermark_ms,
+        first_event_time_ms=state.first_event_time_ms,
+        dwell_seconds=state.dwell_seconds,
+        duplicate_count=state.duplicate_count,
+        outside_horizon_count=state.outside_horizon_count,
+        offsets=encode_offsets(state.offsets),
+    )
+    if state.history:
+        times, hashes, items, kinds, values = zip(*state.history, strict=True)
+        names = sorted(set(kinds))
+        index_of = {name: index for index, name in enumerate(names)}
+        proto.time_delta_ms.extend(_deltas(times))
+        proto.event_hash.extend(hashes)
+        proto.item_id.extend(items)
+        proto.kind_name.extend(names)
+        proto.kind.extend([index_of[kind] for kind in kinds])
+        proto.valued_index.extend(index for index, value in enumerate(values) if value != 1.0)
+        proto.value.extend(value for value in values if value != 1.0)
+    if state.horizon:
+        times, hashes = zip(*state.horizon, strict=True)
+        proto.horizon_time_delta_ms.extend(_deltas(times))
+        proto.horizon_event_hash.extend(hashes)
+    proto.kind_counters.extend(
+        KindCounter(kind=kind, count=count, value_sum=value_sum)
+        for kind, (count, value_sum) in sorted(state.kinds.items())
+    )
+    for landmark, sums in state.affinity:
+        buckets = sorted(sums)
+        proto.category_affinity.append(
+            DecayedBuckets(landmark=landmark, bucket=buckets, sum=[sums[bucket] for bucket in buckets])
+        )
+    return proto.SerializeToString(deterministic=True)
+
+
+def decode(blob: bytes) -> UserState:
+    """The state of `encode`; empty bytes are an empty state.
+
+    Raises:
+        MalformedEventError: not a state, or of an encoding that this version does not know.
+    """
+    state = UserState()
+    if not blob:
+        return state
+    try:
+        proto = UserStateProto.FromString(blob)
+    except Exception as error:
+        raise MalformedEventError("state", f"not an encoded user state: {error}") from error
+    if proto.encoding != ENCODING:
+        raise MalformedEventError("state", f"encoding {proto.encoding}, this version reads {ENCODING}; rebuild it")
+    state.revision = proto.revision
+    state.watermark_ms = proto.watermark_ms
+    state.first_event_time_ms = proto.first_event_time_ms
+    state.dwell_seconds = proto.dwell_seconds
+    state.duplicate_count = proto.duplicate_count
+    state.outside_horizon_count = proto.outside_horizon_count
+    state.offsets = decode_offsets(proto.offsets)
+    kinds = [proto.kind_name[index] for index in proto.kind]
+    values = [1.0] * len(kinds)
+    for index, value in zip(proto.valued_index, proto.value, strict=True):
+        values[index] = value
+    state.history = [
+        Interaction(*entry)
+        for entry in zip(accumulate(proto.time_delta_ms), proto.event_hash, proto.item_id, kinds, values, strict=True)
+    ]
+    state.horizon = list(zip(accumulate(proto.horizon_time_delta_ms), proto.horizon_event_hash, strict=True))
+    state.known = set(proto.event_hash) | set(proto.horizon_event_hash)
+    state.kinds = {counter.kind: (counter.count, counter.value_sum) for counter in proto.kind_counters}
+    state.affinity = [
+        (part.landmark, dict(zip(part.bucket, part.sum, strict=True))) for part in proto.category_affinity
+    ]
+    return state
+
+
+def encode_offsets(offsets: dict[tuple[int, int], int]) -> list[SourceOffset]:
+    return [
+        SourceOffset(source=source, partition=partition, offset=offset)
+        for (source, partition), offset in sorted(offsets.items())
+    ]
+
+
+def decode_offsets(offsets: Iterable[SourceOffset]) -> dict[tuple[int, int], int]:
+    return {(entry.source, entry.partition): entry.offset for entry in offsets}
+
+
+def _deltas(times: tuple[int, ...]) -> list[int]:
+    return [times[0], *(later - earlier for earlier, later in pairwise(times))]
