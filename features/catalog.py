@@ -59,6 +59,7 @@ class Catalog:
 
         `available`, `publish_ms`, `expire_ms`, `categories` [n, 4], `buckets` [n, 4], `year`, `log_price`,
         `impressions`, `clicks`, `log2_popularity` [n, half-lives], `stats_revision`.
+        """
         return self._columns[name][: len(self.item_ids)]
 
     def upsert(self, item: Item) -> int:
