@@ -91,18 +91,23 @@ class Catalog:
 
     def put_stats(self, stats: ItemStats) -> int:
         """Replaces the partial sums of one (item, source partition); returns the item's row."""
-        row = self._row_for(stats.item_id)
+        return self.put_partial(stats.item_id, stats.source_partition, item_stats.decode(stats))
+
+    def put_partial(self, item_id: str, source_partition: int, partial: ItemPartial) -> int:
+        """`put_stats` for whoever has the sums at hand already."""
+        row = self._row_for(item_id)
         partials = self._partials.setdefault(row, {})
-        partials[stats.source_partition] = item_stats.decode(stats)
-        total = item_stats.add_up(partials.values())
+        partials[source_partition] = partial
+        total = partial if len(partials) == 1 else item_stats.add_up(partials.values())
         columns = self._columns
         columns["impressions"][row] = total.kinds.get("impression", (0, 0.0))[0]
         columns["clicks"][row] = sum(
             total.kinds.get(kind, (0, 0.0))[0] for kind in self._settings.positive_kinds if kind != "dwell"
         )
-        columns["log2_popularity"][row] = [
-            math.log2(sum_) + landmark if sum_ > 0 else -np.inf for landmark, sum_ in total.popularity
-        ]
+        columns["log2_popularity"][row] = -np.inf
+        for index, (landmark, decayed_sum) in enumerate(total.popularity):
+            if decayed_sum > 0:
+                columns["log2_popularity"][row, index] = math.log2(decayed_sum) + landmark
         columns["stats_revision"][row] = total.revision
         self.revision += 1
         return row
