@@ -28,7 +28,7 @@ _OPTIONS = [
 ]
 
 
-class _ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
         if handler is None or handler.unary_unary is None:

@@ -186,7 +186,8 @@ def _popularity(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSet
     """Decayed engagement of some items, [C, half-lives]."""
     half_lives_ms = np.array(settings.half_lives_seconds, np.float64) * 1000
     exponent = catalog.column("log2_popularity")[rows] - now_ms / half_lives_ms
-    return np.exp2(np.clip(exponent, -1000, 100)).astype(np.float32)
+    popularity: Floats = np.exp2(np.clip(exponent, -1000, 100)).astype(np.float32)
+    return popularity
 
 
 def affinity_by_bucket(state: UserState, index: int, now_ms: int, settings: FeaturesSettings) -> Floats:
@@ -214,4 +215,5 @@ def _affinity(state: UserState, buckets: Rows, index: int, now_ms: int, settings
     """Mean liking of each candidate's categories, [C]."""
     by_bucket = np.append(affinity_by_bucket(state, index, now_ms, settings), np.float32(0))
     total = by_bucket[buckets].sum(axis=1)  # bucket -1 is the appended zero
-    return (total / np.maximum(1, (buckets >= 0).sum(axis=1))).astype(np.float32)
+    mean: Floats = (total / np.maximum(1, (buckets >= 0).sum(axis=1))).astype(np.float32)
+    return mean

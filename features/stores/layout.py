@@ -64,7 +64,7 @@ def decode_cell(kind: ColumnType, raw: bytes | None) -> Cell | None:
     if cell.WhichOneof("value") != kind.value:
         return None
     value = getattr(cell, kind.value)
-    return list(value.val) if kind in (ColumnType.STRINGS, ColumnType.FLOATS) else value  # type: ignore[no-any-return]
+    return list(value.val) if kind in (ColumnType.STRINGS, ColumnType.FLOATS) else value
 
 
 def encode_time(time_ms: int) -> bytes:

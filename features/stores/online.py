@@ -86,7 +86,7 @@ class OnlineStore:
         layout = self._layout(view)
         names = [column.name for column in view.columns]
         fields = [layout.timestamp_field, *(layout.fields[name] for name in names)]
-        pipeline = self._client.pipeline(transaction=False)
+        pipeline: Any = self._client.pipeline(transaction=False)
         for key in keys:
             pipeline.hmget(row_key(self._project, view.join_keys, key), fields)
         return [self._row(view, names, values) for values in self._run(pipeline.execute)]
@@ -95,7 +95,7 @@ class OnlineStore:
         """Writes rows in order on one connection; says for each whether it took effect."""
         if not writes:
             return []
-        pipeline = self._client.pipeline(transaction=False)
+        pipeline: Any = self._client.pipeline(transaction=False)
         time = encode_time(self._clock.now_ms())
         for write in writes:
             layout = self._layout(write.view)
@@ -115,7 +115,7 @@ class OnlineStore:
         """Removes whole entities (all views that share the hash); returns how many were there."""
         if not keys:
             return 0
-        pipeline = self._client.pipeline(transaction=False)
+        pipeline: Any = self._client.pipeline(transaction=False)
         for key in keys:
             pipeline.delete(row_key(self._project, view.join_keys, key))
         return sum(self._run(pipeline.execute))

@@ -1,0 +1,100 @@
+"""What comes in from a topic is a checked message, or an error that names the field."""
+
+import pytest
+from google.protobuf import json_format
+from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core import codec
+from core.errors import MalformedEventError
+
+NOW_MS = 1_700_000_000_000
+JSON = [("content-type", b"application/json")]
+
+
+def event(**changes) -> Event:
+    fields = {"event_id": "e1", "user_id": "u1", "item_id": "i1", "kind": "click", "event_time": codec.from_ms(NOW_MS)}
+    return Event(**{**fields, **changes})
+
+
+def test_protobuf_and_json_of_the_same_event_are_equal() -> None:
+    original = event(value=4.5, tags={"page": "home"})
+    as_json = json_format.MessageToJson(original).encode()
+    assert codec.decode(Event(), original.SerializeToString()) == original
+    assert codec.decode(Event(), as_json, JSON) == original
+
+
+def test_fields_of_a_later_version_are_kept() -> None:
+    later = event().SerializeToString() + b"\xa2\x06\x03new"
+    assert codec.decode(Event(), later).SerializeToString() == later
+
+
+def test_json_fields_of_a_later_version_do_not_hurt() -> None:
+    value = b'{"eventId": "e1", "ofTheFuture": 1}'
+    assert codec.decode(Event(), value, JSON).event_id == "e1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"event_id": ""}, "event_id"),
+        ({"user_id": "x" * 129}, "user_id"),
+        ({"item_id": "a\0b"}, "item_id"),
+        ({"kind": ""}, "kind"),
+        ({"event_time": None}, "event_time"),
+        ({"event_time": codec.from_ms(0)}, "event_time"),
+        ({"event_time": codec.from_ms(4_200_000_000_000)}, "event_time"),
+        ({"event_time": codec.from_ms(NOW_MS + 2 * 86_400_000)}, "event_time"),
+        ({"value": float("nan")}, "value"),
+        ({"confidence": 1.5}, "confidence"),
+        ({"tags": {str(n): "x" for n in range(65)}}, "tags"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_field_out_of_its_limits_is_named(changes, field) -> None:
+    with pytest.raises(MalformedEventError) as caught:
+        codec.check_event(event(**changes), broker_time_ms=NOW_MS)
+    assert caught.value.field == field
+
+
+def test_a_good_event_passes_also_when_it_is_old() -> None:
+    codec.check_event(event(event_time=codec.from_ms(874_724_710_000)), broker_time_ms=NOW_MS)
+
+
+def test_impressions_are_checked_one_by_one() -> None:
+    shown = ImpressionList(
+        event_id="e", user_id="u", event_time=codec.from_ms(NOW_MS), impressions=[Impression(item_id="")]
+    )
+    with pytest.raises(MalformedEventError, match=r"impressions\[0\]\.item_id"):
+        codec.check_impressions(shown)
+
+
+def test_an_item_with_infinite_price_is_refused() -> None:
+    with pytest.raises(MalformedEventError, match="price"):
+        codec.check_item(Item(item_id="i", price=float("inf")))
+
+
+def test_a_key_that_is_not_the_users_is_refused() -> None:
+    codec.check_key(b"u1", "u1", "user_id")
+    with pytest.raises(MalformedEventError, match="key"):
+        codec.check_key(b"u2", "u1", "user_id")
+
+
+@given(st.binary(max_size=300), st.booleans())
+def test_random_bytes_give_a_message_or_the_one_error(value, as_json) -> None:
+    try:
+        message = codec.decode(Event(), value, JSON if as_json else None)
+        codec.check_event(message, NOW_MS)
+    except MalformedEventError as error:
+        assert str(error)
+
+
+def test_a_value_that_is_too_large_is_not_parsed() -> None:
+    with pytest.raises(MalformedEventError, match="limit"):
+        codec.decode(Event(), b"x" * (codec.MAX_VALUE_BYTES + 1))
+
+
+@given(st.integers(codec.MIN_TIME_MS, codec.MAX_TIME_MS))
+def test_times_survive_to_the_millisecond(time_ms) -> None:
+    assert codec.to_ms(codec.from_ms(time_ms)) == time_ms

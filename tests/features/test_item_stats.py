@@ -1,0 +1,55 @@
+"""Partial sums add up to what one writer over all events would have."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.settings import load_settings
+from features import item_stats
+from features.item_stats import ItemPartial
+from features.windows import Position, UserEvent
+
+FEATURES = load_settings().features
+START_MS = 1_700_000_000_000
+
+events = st.lists(
+    st.builds(
+        lambda number, hours, kind: UserEvent("u", number, "a", kind, START_MS + hours * 3_600_000),
+        st.integers(1, 10**9),
+        st.integers(0, 5000),
+        st.sampled_from(["click", "impression", "purchase", "strange"]),
+    ),
+    max_size=40,
+)
+
+
+@given(events, st.integers(1, 4))
+def test_partials_add_up(stream, partitions) -> None:
+    whole = ItemPartial()
+    parts = [ItemPartial() for _ in range(partitions)]
+    for event in stream:
+        item_stats.apply(whole, event, FEATURES)
+        item_stats.apply(parts[event.event_hash % partitions], event, FEATURES)
+    total = item_stats.add_up(parts)
+    assert (total.revision, total.watermark_ms, total.kinds) == (whole.revision, whole.watermark_ms, whole.kinds)
+    for (left_landmark, left), (right_landmark, right) in zip(total.popularity, whole.popularity, strict=True):
+        assert left_landmark == right_landmark
+        assert left == pytest.approx(right, rel=1e-9)
+
+
+@given(events)
+def test_a_partial_survives_its_encoding(stream) -> None:
+    partial = ItemPartial()
+    for offset, event in enumerate(stream):
+        item_stats.apply(partial, event._replace(position=Position(3, 1, offset)), FEATURES)
+    assert item_stats.decode(item_stats.encode("a", 1, partial, FEATURES)) == partial
+
+
+def test_a_position_that_is_included_is_a_replay() -> None:
+    partial = ItemPartial()
+    item_stats.apply(partial, UserEvent("u", 1, "a", "click", START_MS, position=Position(3, 1, 10)), FEATURES)
+    assert item_stats.is_replay(partial, Position(3, 1, 10))
+    assert item_stats.is_replay(partial, Position(3, 1, 4))
+    assert not item_stats.is_replay(partial, Position(3, 1, 11))
+    assert not item_stats.is_replay(partial, Position(4, 1, 4))
+    assert not item_stats.is_replay(partial, None)

@@ -1,0 +1,133 @@
+"""Features of a request: defined for every input, and about the right thing."""
+
+import numpy as np
+from headrace.v1.events_pb2 import Item
+
+from core.settings import load_settings
+from features import item_stats, vectors, windows
+from features.catalog import Catalog
+from features.item_stats import ItemPartial
+from features.vectors import CANDIDATE_FEATURES, SOURCES, USER_FEATURES
+from features.windows import UserEvent, UserState
+
+FEATURES = load_settings().features
+NOW_MS = 1_700_000_000_000
+HOUR_MS = 3_600_000
+
+
+def catalog_of(*items: Item) -> Catalog:
+    catalog = Catalog(FEATURES)
+    for item in items:
+        catalog.upsert(item)
+    return catalog
+
+
+def inputs(state: UserState, catalog: Catalog, ids: list[str], scores=None, bits=None) -> vectors.RankerInput:
+    rows = catalog.rows(ids)
+    return vectors.ranker_input(
+        state,
+        catalog,
+        rows,
+        np.zeros(len(ids), np.float32) if scores is None else np.array(scores, np.float32),
+        np.zeros(len(ids), np.int32) if bits is None else np.array(bits, np.int32),
+        NOW_MS,
+        FEATURES,
+    )
+
+
+def clicked(*item_ids: str, categories: tuple[str, ...] = ()) -> UserState:
+    state = UserState()
+    windows.apply(
+        state,
+        [
+            UserEvent("u", n + 1, item_id, "click", NOW_MS - (len(item_ids) - n) * 60_000, 1.0, 1.0, categories)
+            for n, item_id in enumerate(item_ids)
+        ],
+        FEATURES,
+    )
+    return state
+
+
+def column(features: vectors.RankerInput, name: str) -> np.ndarray:
+    return features.candidates[:, CANDIDATE_FEATURES.index(name)]
+
+
+def test_an_unknown_user_and_an_unknown_item_have_features() -> None:
+    features = inputs(UserState(), catalog_of(Item(item_id="a")), ["a", "nobody-knows"])
+    assert features.user.shape == (len(USER_FEATURES),)
+    assert features.candidates.shape == (2, len(CANDIDATE_FEATURES))
+    assert features.candidate_rows.tolist() == [0, -1]
+    assert np.isfinite(features.candidates).all()
+    assert not features.user.any()
+
+
+def test_no_candidates_and_an_empty_catalogue_are_fine() -> None:
+    features = inputs(clicked("x"), Catalog(FEATURES), [])
+    assert features.candidates.shape == (0, len(CANDIDATE_FEATURES))
+    assert features.history_rows[-1] == -1
+
+
+def test_the_last_click_shows_in_history_session_and_affinity() -> None:
+    catalog = catalog_of(Item(item_id="a", categories=["jazz"]), Item(item_id="b", categories=["rock"]))
+    features = inputs(clicked("a", categories=("jazz",)), catalog, ["a", "b"])
+    assert features.history_rows[-1] == 0
+    assert column(features, "in_session").tolist() == [1, 0]
+    assert column(features, "affinity_short")[0] > column(features, "affinity_short")[1]
+    assert column(features, "shared_categories_with_last").tolist() == [1, 0]
+
+
+def test_source_bits_and_scores_land_in_their_columns() -> None:
+    catalog = catalog_of(Item(item_id="a"))
+    trending = SOURCES.index("trending")
+    features = inputs(UserState(), catalog, ["a"], scores=[0.25], bits=[1 << trending])
+    assert column(features, "retrieval_score").tolist() == [0.25]
+    assert [column(features, f"from_{source}")[0] for source in SOURCES] == [
+        float(index == trending) for index in range(len(SOURCES))
+    ]
+
+
+def test_statistics_decay_with_the_time_of_the_request() -> None:
+    catalog = catalog_of(Item(item_id="a"))
+    partial = ItemPartial()
+    for n in range(50):
+        item_stats.apply(partial, UserEvent("u", n, "a", "click", NOW_MS - HOUR_MS), FEATURES)
+    catalog.put_stats(item_stats.encode("a", 0, partial, FEATURES))
+    now = inputs(UserState(), catalog, ["a"])
+    assert column(now, "log_clicks")[0] == np.float32(np.log1p(50))
+    short, long = column(now, "log_popularity_short")[0], column(now, "log_popularity_long")[0]
+    assert np.isclose(np.expm1(short), 25, rtol=1e-3)
+    assert long > short
+
+
+def test_partials_of_two_partitions_are_added_up_in_the_catalogue() -> None:
+    catalog = catalog_of(Item(item_id="a"))
+    for partition in (0, 1, 1):
+        partial = ItemPartial()
+        item_stats.apply(partial, UserEvent("u", 1, "a", "click", NOW_MS), FEATURES)
+        catalog.put_stats(item_stats.encode("a", partition, partial, FEATURES))
+    assert catalog.column("clicks").tolist() == [2]
+
+
+def test_a_removed_item_keeps_its_row_and_is_not_servable() -> None:
+    catalog = catalog_of(Item(item_id="a"), Item(item_id="b"))
+    assert catalog.remove("a") == 0
+    assert catalog.remove("never-there") == -1
+    assert catalog.servable(NOW_MS).tolist() == [False, True]
+    catalog.upsert(Item(item_id="a"))
+    assert catalog.row("a") == 0
+    assert catalog.servable(NOW_MS).tolist() == [True, True]
+
+
+def test_an_item_known_from_statistics_alone_is_not_servable() -> None:
+    catalog = Catalog(FEATURES)
+    catalog.put_stats(item_stats.encode("ghost", 0, ItemPartial(), FEATURES))
+    assert catalog.servable(NOW_MS).tolist() == [False]
+
+
+def test_the_catalogue_grows() -> None:
+    catalog = Catalog(FEATURES)
+    for n in range(3000):
+        catalog.upsert(Item(item_id=f"i{n}", year=2000))
+    assert len(catalog) == 3000
+    assert catalog.rows(["i0", "i2999", "no"]).tolist() == [0, 2999, -1]
+    assert catalog.servable(NOW_MS).all()
