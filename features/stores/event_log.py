@@ -50,7 +50,7 @@ class EventLog:
 
     def exists(self) -> bool:
         """Whether anything was ever written here."""
-        return any(self._paths(table) for table in event_rows.LOG_TABLES)
+        return any(self.files(table) for table in event_rows.LOG_TABLES)
 
     def write(self, table: LogTable, rows: pa.Table, name: str, *, by_month: bool = False) -> list[str]:
         """Writes rows as new files, one per date that they touch; a file of the same name and date is replaced.
@@ -78,7 +78,7 @@ class EventLog:
         for index, part in enumerate(rows):
             by_month = table.by_date and _is_thin(part)
             written.update(self.write(table, part, f"{stem}-{index:05d}", by_month=by_month))
-        for path in self._paths(table):
+        for path in self.files(table):
             if path.rsplit("/", 1)[1].startswith(f"{stem}-") and path not in written:
                 self._files.rm_file(path)
 
@@ -123,7 +123,7 @@ class EventLog:
             if limit is not None:
                 part = compare(ds.field("event_time"), pa.scalar(limit, TIME))
                 condition = part if condition is None else condition & part
-        paths = [path for path in self._paths(table) if _may_hold(path, start_ms, end_ms)]
+        paths = [path for path in self.files(table) if _may_hold(path, start_ms, end_ms)]
         return _ordered(self._read(table, paths, needed, condition)).select(names)
 
     def states(self, table: LogTable) -> pa.Table:
@@ -131,7 +131,7 @@ class EventLog:
 
         Newest is by ingest time, then by offset; rows that were imported without either come first.
         """
-        rows = self._read(table, self._paths(table), table.read_schema.names, None)
+        rows = self._read(table, self.files(table), table.read_schema.names, None)
         if not rows.num_rows:
             return rows
         ingest, offset = (_int64(rows[name], -1) for name in ("ingest_time", "offset"))
@@ -142,7 +142,8 @@ class EventLog:
         deleted = rows["deleted"].to_numpy()
         return rows.take(pa.array(kept[~deleted[kept].astype(bool)]))
 
-    def _paths(self, table: LogTable) -> list[str]:
+    def files(self, table: LogTable) -> list[str]:
+        """Paths of a table's files, sorted."""
         pattern = "date=*/*.parquet" if table.by_date else "*.parquet"
         # A listing may be cached; another process writes here too.
         self._files.invalidate_cache()

@@ -236,4 +236,4 @@ def _defaults(f: pa.Field, rows: int) -> pa.Array:
         return pa.nulls(rows, f.type)
     if pa.types.is_list(f.type) or pa.types.is_map(f.type):
         return pa.array([[]] * rows, type=f.type)
-    return pa.repeat(pa.scalar("" if pa.types.is_string(f.type) else 0, type=f.type), rows)
+    return pa.repeat(pa.scalar("") if pa.types.is_string(f.type) else pa.scalar(0).cast(f.type), rows)
