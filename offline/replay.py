@@ -5,7 +5,7 @@ state equals what the stream holds for the same events, and `catalog` holds exac
 (they are brought up to date when the catalogue is asked for: no lag, and no cost for items that nobody looked at).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from heapq import merge
 from itertools import groupby
 from operator import attrgetter
@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from headrace.v1.events_pb2 import Item, ItemStats
 
-from core.codec import to_ms
 from core.settings import FeaturesSettings
 from features import item_stats, windows
 from features.catalog import Catalog
 from features.item_stats import ItemPartial
 from features.stores.event_log import EventLog, user_events
-from features.stores.event_rows import FEEDBACK
-from features.windows import IMPRESSION, Outcome, UserEvent, UserState, as_impression_event
+from features.stores.event_rows import FEEDBACK, ITEMS
+from features.windows import Outcome, UserEvent, UserState, as_impression_event
 
 # Source partition of the statistics that come from a log: the stream's partitions are 0 and up, readers add up all.
 LOG_PARTITION = -1
@@ -56,14 +55,20 @@ class Replay:
     Args:
         items: the catalogue; row i of `catalog` is the i-th item. Items that only events name get the rows after them.
         settings: what is kept, and what it weighs.
+        segment_of: segment of each user that has one; their events are also counted per segment.
     """
 
-    def __init__(self, items: Iterable[Item], settings: FeaturesSettings) -> None:
+    def __init__(
+        self, items: Iterable[Item], settings: FeaturesSettings, segment_of: Mapping[str, str] | None = None
+    ) -> None:
         self.states: dict[str, UserState] = {}
         self.watermark_ms = 0
+        # item_id -> its statistics; the same per segment.
+        self.partials: dict[str, ItemPartial] = {}
+        self.segment_partials: dict[str, dict[str, ItemPartial]] = {}
+        self._segment_of = segment_of or {}
         self._settings = settings
         self._catalog = Catalog(settings)
-        self._partials: dict[str, ItemPartial] = {}
         self._touched: set[str] = set()
         for item in items:
             self._catalog.upsert(item)
@@ -74,7 +79,7 @@ class Replay:
         if self._touched:
             # Sorted: the rows of items that only events name must not depend on the hash seed.
             for item_id in sorted(self._touched):
-                self._catalog.put_partial(item_id, LOG_PARTITION, self._partials[item_id])
+                self._catalog.put_partial(item_id, LOG_PARTITION, self.partials[item_id])
             self._touched.clear()
         return self._catalog
 
@@ -113,8 +118,8 @@ class Replay:
 
     def item_stats(self) -> Iterator[ItemStats]:
         """The statistics as messages, one per item that has any, by item_id."""
-        for item_id in sorted(self._partials):
-            yield item_stats.encode(item_id, LOG_PARTITION, self._partials[item_id], self._settings)
+        for item_id in sorted(self.partials):
+            yield item_stats.encode(item_id, LOG_PARTITION, self.partials[item_id], self._settings)
 
     def _apply(self, entry: Entry) -> bool:
         event = entry if isinstance(entry, UserEvent) else entry.event
@@ -133,11 +138,17 @@ class Replay:
         return True
 
     def _count(self, event: UserEvent) -> None:
-        partial = self._partials.get(event.item_id)
-        if partial is None:
-            partial = self._partials[event.item_id] = ItemPartial()
-        item_stats.apply(partial, event, self._settings)
         self._touched.add(event.item_id)
+        self._count_in(self.partials, event)
+        segment = self._segment_of.get(event.user_id)
+        if segment:
+            self._count_in(self.segment_partials.setdefault(segment, {}), event)
+
+    def _count_in(self, partials: dict[str, ItemPartial], event: UserEvent) -> None:
+        partial = partials.get(event.item_id)
+        if partial is None:
+            partial = partials[event.item_id] = ItemPartial()
+        item_stats.apply(partial, event, self._settings)
 
 
 def read_entries(log: EventLog, start_ms: int | None = None, end_ms: int | None = None) -> Iterator[Entry]:
@@ -157,3 +168,16 @@ def _shown(log: EventLog, start_ms: int | None, end_ms: int | None) -> Iterator[
     for message in log.impressions(start_ms, end_ms):
         event = as_impression_event(message)
         yield Shown(event, tuple(impression.item_id for impression in message.impressions))
+
+
+def read_items(log: EventLog) -> list[Item]:
+    """The catalogue of a log, by item_id, with every item that events name.
+
+    An item that only events name cannot be recommended before its description arrives; in a log without any catalogue
+    it can, since there will be none.
+    """
+    items = list(log.items())
+    named = log.events(columns=["item_id"])["item_id"].unique().to_pylist()
+    missing = sorted(set(named) - {item.item_id for item in items})
+    described = bool(log.files(ITEMS))
+    return items + [Item(item_id=item_id, available=not described) for item_id in missing]
