@@ -1,0 +1,284 @@
+"""The ranker's network and its files: a score for every candidate of a user, several heads at once.
+
+Trained by offline/training/ranker.py, run by ranker/scorer.py. Each candidate sees the user's history through
+dot-product target attention, then low-rank DCN-v2 crosses (Wang et al., "DCN V2", WWW 2021) and a small MLP.
+Invariant: candidates do not see each other, so a score does not depend on what else is in the list or the batch.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.functional import embedding, relu
+
+from core.bundle import RANKER, RANKER_CONFIG
+from core.errors import ArtifactError
+from features.catalog import CATEGORY_VOCABULARY, Floats, Rows
+from features.vectors import CANDIDATE_FEATURES, SIGNATURE, USER_FEATURES
+
+HEADS = ("click", "conversion", "value")
+CLICK, CONVERSION, VALUE = range(len(HEADS))
+# Features far outside what training saw say no more than "very large".
+_CLIP = 6.0
+_SIMILARITIES = 5
+# Attention logits of padding: far below any real one, yet finite.
+_MASKED = -1e4
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    """Shape of the network, and what the artifact says of itself."""
+
+    dimension: int
+    item_width: int = 24
+    category_width: int = 8
+    attention_width: int = 32
+    user_width: int = 24
+    cross_layers: int = 2
+    cross_rank: int = 32
+    hidden: tuple[int, ...] = (96, 48)
+    dropout: float = 0.1
+    # Positions that have their own bias in training; later ones share the last.
+    positions: int = 50
+    # Heads that the log had labels for; the others score 0.
+    trained_heads: tuple[str, ...] = ("click",)
+    feature_signature: str = SIGNATURE
+    model_version: str = ""
+
+
+class RankerBatch(NamedTuple):
+    """Tensors of B users with C candidates (padded behind) and L history entries (padded in front)."""
+
+    # [B, d], zeros where there is none, and whether there is one [B, 1].
+    user_vectors: Tensor
+    has_vector: Tensor
+    # Rows of the item table, -1 = padding or unknown [B, L], with weights and ages [B, L].
+    history_rows: Tensor
+    history_weights: Tensor
+    history_ages: Tensor
+    # [B, len(USER_FEATURES)]
+    users: Tensor
+    # [B, C] and [B, C, len(CANDIDATE_FEATURES)]
+    candidate_rows: Tensor
+    candidates: Tensor
+
+    def to(self, device: torch.device) -> "RankerBatch":
+        return RankerBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class ItemTable:
+    """Vectors and categories of the items on the device, by catalogue row. One writer; readers may run beside it."""
+
+    def __init__(self, vectors: Floats, categories: Rows, device: torch.device | None = None) -> None:
+        count = len(vectors)
+        # Rows below this have a vector from training.
+        self.vector_count = count
+        self._device = device or torch.device("cpu")
+        # Row 0 stands for whatever is not known; item r is in row r + 1.
+        self.vectors = torch.zeros(count + 1, vectors.shape[1], device=self._device)
+        self.vectors[1:] = torch.from_numpy(np.nan_to_num(vectors)).to(self._device)
+        self.categories = torch.zeros(count + 1, categories.shape[1], dtype=torch.int32, device=self._device)
+        self.put_categories(0, categories)
+
+    def __len__(self) -> int:
+        return len(self.vectors) - 1
+
+    def put_categories(self, row: int, categories: Rows) -> None:
+        """Sets the categories of the items from `row` on, [n, 4]; later items have no vector (zeros)."""
+        end = row + 1 + len(categories)
+        if end > len(self.vectors):
+            more = max(end, 2 * len(self.vectors)) - len(self.vectors)
+            width = self.categories.shape[1]
+            grown = torch.cat([self.categories, torch.zeros(more, width, dtype=torch.int32, device=self._device)])
+            # `vectors` decides the length: it comes last to grow.
+            self.categories = grown
+            self.vectors = torch.cat([self.vectors, torch.zeros(more, self.vectors.shape[1], device=self._device)])
+        self.categories[row + 1 : end] = torch.from_numpy(np.ascontiguousarray(categories)).to(self._device)
+
+
+class Cross(nn.Module):
+    """One DCN-v2 layer with a low-rank matrix: x0 * (U V x + b) + x."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width)
+
+    def forward(self, first: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = torch.addcmul(x, first, self.up(self.down(x)))
+        return out
+
+
+class RankerModel(nn.Module):
+    """Logits of every head for every candidate."""
+
+    user_mean: Tensor
+    user_std: Tensor
+    candidate_mean: Tensor
+    candidate_std: Tensor
+
+    def __init__(self, config: RankerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dimension, width = config.dimension, config.attention_width
+        for name, features in (("user", len(USER_FEATURES)), ("candidate", len(CANDIDATE_FEATURES))):
+            self.register_buffer(f"{name}_mean", torch.zeros(features))
+            self.register_buffer(f"{name}_std", torch.ones(features))
+        self.item = nn.Linear(dimension, config.item_width)
+        self.category = nn.Embedding(CATEGORY_VOCABULARY, config.category_width, padding_idx=0)
+        nn.init.normal_(self.category.weight, std=0.1)
+        with torch.no_grad():
+            self.category.weight[0] = 0.0
+        self.query = nn.Linear(dimension, width)
+        self.key_value = nn.Linear(dimension, 2 * width)
+        # What weight and age of a history entry add to its key and value.
+        self.event = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2 * width))
+        # The attention on "nothing in the history": an empty history has all of it.
+        self.no_match = nn.Parameter(torch.zeros(1))
+        self.user = nn.Linear(len(USER_FEATURES) + dimension + 1, config.user_width)
+        total = (
+            len(CANDIDATE_FEATURES) + _SIMILARITIES + config.item_width + config.category_width + width
+        ) + config.user_width
+        self.crosses = nn.ModuleList(Cross(total, config.cross_rank) for _ in range(config.cross_layers))
+        widths = [total, *config.hidden]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.dropout = nn.Dropout(config.dropout)
+        self.heads = nn.Linear(widths[-1] + total, len(HEADS))
+        # Index 0 = unknown position, as in every request.
+        self.position = nn.Embedding(config.positions + 1, 1, padding_idx=0)
+        nn.init.zeros_(self.position.weight)
+
+    def forward(self, batch: RankerBatch, table: ItemTable, positions: Tensor | None = None) -> Tensor:
+        """Logits [B, C, len(HEADS)].
+
+        Args:
+            batch: B users, C candidates, L history entries.
+            table: what the rows mean.
+            positions: only in training: where the candidate was shown, 0 = first, -1 = unknown [B, C].
+        """
+        vectors = table.vectors
+        candidates = embedding(batch.candidate_rows + 1, vectors)
+        history = embedding(batch.history_rows + 1, vectors)
+        users = torch.cat([self._standard(batch.users, "user"), batch.user_vectors, batch.has_vector], -1)
+        count = candidates.shape[1]
+        x = torch.cat(
+            [
+                self._standard(batch.candidates, "candidate"),
+                self._similarities(candidates, history, batch),
+                self.item(candidates),
+                self._categories(batch.candidate_rows, table),
+                self._attend(candidates, history, batch),
+                relu(self.user(users)).unsqueeze(1).expand(-1, count, -1),
+            ],
+            -1,
+        )
+        crossed = x
+        for cross in self.crosses:
+            crossed = cross(x, crossed)
+        deep = x
+        for layer in self.layers:
+            deep = self.dropout(relu(layer(deep)))
+        logits: Tensor = self.heads(torch.cat([crossed, deep], -1))
+        if positions is not None:
+            shown = positions.clamp(-1, self.config.positions - 1) + 1
+            logits = logits + self.position(shown)
+        return logits
+
+    def set_scale(self, users: Tensor, candidates: Tensor) -> None:
+        """Takes mean and standard deviation of the features from training rows, [n, F] each."""
+        for name, rows in (("user", users), ("candidate", candidates)):
+            getattr(self, f"{name}_mean").copy_(rows.mean(0))
+            spread = rows.std(0) if len(rows) > 1 else torch.zeros(rows.shape[1])
+            # A feature that never varied in training must not shout when it does.
+            getattr(self, f"{name}_std").copy_(torch.where(spread > 1e-3, spread, torch.ones_like(spread)))
+
+    def _standard(self, values: Tensor, name: str) -> Tensor:
+        mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+        # What is not a number stands at the mean.
+        return torch.nan_to_num((values - mean) / std, nan=0.0).clamp(-_CLIP, _CLIP)
+
+    def _similarities(self, candidates: Tensor, history: Tensor, batch: RankerBatch) -> Tensor:
+        """Cosines with the user's vector, the last, the best and the average liked item of the history, [B, C, 5]."""
+        known = (batch.history_rows >= 0).to(candidates.dtype)
+        cosines = candidates @ history.transpose(1, 2)
+        user = (candidates @ batch.user_vectors.unsqueeze(2)).squeeze(2)
+        liked = known * batch.history_weights.clamp(min=0)
+        fresh = liked * torch.exp(-batch.history_ages)
+        return torch.stack(
+            [
+                user,
+                cosines[:, :, -1],
+                (cosines * known.unsqueeze(1)).amax(2),
+                (cosines @ liked.unsqueeze(2)).squeeze(2) / liked.sum(1, keepdim=True).clamp(min=1.0),
+                (cosines @ fresh.unsqueeze(2)).squeeze(2) / fresh.sum(1, keepdim=True).clamp(min=1.0),
+            ],
+            -1,
+        )
+
+    def _categories(self, rows: Tensor, table: ItemTable) -> Tensor:
+        """Mean embedding of each candidate's categories, [B, C, category_width]."""
+        ids = embedding(rows + 1, table.categories)
+        count = (ids > 0).sum(-1, keepdim=True).clamp(min=1)
+        summed: Tensor = self.category(ids).sum(-2)
+        return summed / count
+
+    def _attend(self, candidates: Tensor, history: Tensor, batch: RankerBatch) -> Tensor:
+        """What of the history speaks to each candidate, [B, C, attention_width]."""
+        event = torch.stack([batch.history_weights, batch.history_ages], -1)
+        keys, values = (self.key_value(history) + self.event(event)).chunk(2, -1)
+        logits = self.query(candidates) @ keys.transpose(1, 2) * self.config.attention_width**-0.5
+        logits = logits.masked_fill((batch.history_rows < 0).unsqueeze(1), _MASKED)
+        nothing = self.no_match.expand(*logits.shape[:2], 1)
+        shares = torch.cat([nothing, logits], -1).softmax(-1)[:, :, 1:]
+        attended: Tensor = shares @ values
+        return attended
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def save_ranker(model: RankerModel, folder: Path) -> RankerModel:
+    """Writes RANKER and RANKER_CONFIG into `folder`; the model then bears the version made from its content."""
+    raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    model.config = replace(model.config, model_version=_version(raw, model.config))
+    (folder / RANKER).write_bytes(raw)
+    (folder / RANKER_CONFIG).write_text(json.dumps(asdict(model.config), indent=2, sort_keys=True) + "\n", "utf-8")
+    return model
+
+
+def load_ranker(folder: Path) -> RankerModel:
+    """Reads what `save_ranker` wrote, ready for inference on the CPU.
+
+    Raises:
+        ArtifactError: files missing or changed, or features of another signature than this version computes.
+    """
+    try:
+        values = json.loads((folder / RANKER_CONFIG).read_text("utf-8"))
+        values["hidden"], values["trained_heads"] = tuple(values["hidden"]), tuple(values["trained_heads"])
+        config = RankerConfig(**values)
+        if config.feature_signature != SIGNATURE:
+            raise ArtifactError(
+                f"ranker {config.model_version} in {folder} reads features {config.feature_signature}, this version "
+                f"computes {SIGNATURE}; train again with `headrace train`"
+            )
+        raw = (folder / RANKER).read_bytes()
+        if _version(raw, config) != config.model_version:
+            raise ArtifactError(f"{folder / RANKER} is not what {RANKER_CONFIG} describes; train again or roll back")
+        model = RankerModel(config)
+        model.load_state_dict(load_file(folder / RANKER))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"ranker in {folder} cannot be read ({problem}); train again or roll back") from error
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _version(raw: bytes, config: RankerConfig) -> str:
+    shape = repr(sorted(asdict(replace(config, model_version="")).items()))
+    return hashlib.blake2b(shape.encode() + raw, digest_size=6).hexdigest()

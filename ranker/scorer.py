@@ -1,0 +1,165 @@
+"""Scores of users' candidates from one padded batch: arrays in, arrays out, calibration included.
+
+Used by the service for each batch and by offline to evaluate. Invariant: every number that leaves is finite and in
+0..1, and a user's scores are the same alone and beside others (up to float rounding).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from features.catalog import Floats, Rows
+from features.vectors import CANDIDATE_FEATURES, USER_FEATURES, RankerInput
+from ranker.calibration import Calibration
+from ranker.model import CLICK, CONVERSION, HEADS, VALUE, ItemTable, RankerBatch, RankerModel
+
+# Candidates in one forward pass on a CPU: more fall out of its caches and take longer each.
+_CPU_ROWS = 2048
+_GPU_ROWS = 262_144
+# How much of the order a predicted value (given a click) and a conversion decide.
+_VALUE_SHARE, _CONVERSION_SHARE = 0.25, 0.25
+# Clicks after which an item's statistics count for half.
+_HALF_SUPPORT = 3.0
+_MAX_UNTRAINED_CONFIDENCE = 0.2
+_UNKNOWN_USER_FACTOR = 0.5
+_IMPRESSIONS, _CLICKS = CANDIDATE_FEATURES.index("log_impressions"), CANDIDATE_FEATURES.index("log_clicks")
+_KNOWN_USER = USER_FEATURES.index("is_known")
+
+
+class Scores(NamedTuple):
+    """Scores of one user's C candidates, each 0..1."""
+
+    click: Floats
+    conversion: Floats
+    value: Floats
+    # By which to order, higher is better.
+    score: Floats
+    # Low where the item or the user was hardly seen in training.
+    confidence: Floats
+    # Inputs and outputs that were not finite and were replaced.
+    replaced_count: int
+
+
+class Scorer:
+    """A model on a device with the items that it scores."""
+
+    def __init__(
+        self,
+        model: RankerModel,
+        item_vectors: Floats,
+        categories: Rows,
+        calibration: Calibration,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.model = model.to(self.device).eval()
+        self.table = ItemTable(item_vectors, categories, self.device)
+        self._calibration = [calibration.of(head) for head in HEADS]
+        self._trained = [head in model.config.trained_heads for head in HEADS]
+        self._rows_per_pass = _CPU_ROWS if self.device.type == "cpu" else _GPU_ROWS
+
+    def score(self, inputs: Sequence[RankerInput], user_vectors: Sequence[Floats | None]) -> list[Scores]:
+        """Scores users together.
+
+        Args:
+            inputs: B users, each with its own number of candidates (0 is allowed).
+            user_vectors: B vectors [d], None where a user has none.
+
+        Returns:
+            B scores, in the order of `inputs`.
+        """
+        out: list[Scores | None] = [None] * len(inputs)
+        for chosen in self._passes([len(one.candidate_rows) for one in inputs]):
+            group = [inputs[index] for index in chosen]
+            logits = self._logits(group, [user_vectors[index] for index in chosen])
+            for index, one, part in zip(chosen, group, logits, strict=True):
+                vector = user_vectors[index]
+                out[index] = self._finish(one, part[: len(one.candidate_rows)], vector)
+        return [scores if scores is not None else _EMPTY for scores in out]
+
+    def _passes(self, counts: Sequence[int]) -> Iterator[list[int]]:
+        """Users by forward pass: alike in length, so that little is padding, and not too many rows at once."""
+        chosen: list[int] = []
+        rows = 0
+        for index in sorted((i for i, count in enumerate(counts) if count), key=lambda i: -counts[i]):
+            longest = counts[chosen[0]] if chosen else 0
+            if chosen and (longest * (len(chosen) + 1) > self._rows_per_pass or longest > 2 * counts[index] + 64):
+                yield chosen
+                chosen, rows = [], 0
+            chosen.append(index)
+            rows += counts[index]
+        if chosen:
+            yield chosen
+
+    def _logits(self, group: Sequence[RankerInput], user_vectors: Sequence[Floats | None]) -> Floats:
+        batch = collate(group, user_vectors, self.model.config.dimension, len(self.table)).to(self.device)
+        with torch.inference_mode():
+            logits: Floats = self.model(batch, self.table).float().cpu().numpy()
+        return logits
+
+    def _finish(self, one: RankerInput, logits: Floats, vector: Floats | None) -> Scores:
+        finite = np.isfinite(logits)
+        replaced = int(logits.size - finite.sum()) + int(one.candidates.size - np.isfinite(one.candidates).sum())
+        replaced += int(one.user.size - np.isfinite(one.user).sum())
+        replaced += 0 if vector is None else int(vector.size - np.isfinite(vector).sum())
+        logits = np.where(finite, logits, np.float32(-20.0))
+        zeros = np.zeros(len(logits), np.float32)
+        click, conversion, value = (
+            self._calibration[head](logits[:, head]) if self._trained[head] else zeros
+            for head in (CLICK, CONVERSION, VALUE)
+        )
+        score = click
+        if self._trained[VALUE]:
+            score = score * (1 - _VALUE_SHARE + _VALUE_SHARE * value)
+        if self._trained[CONVERSION]:
+            score = (1 - _CONVERSION_SHARE) * score + _CONVERSION_SHARE * conversion
+        return Scores(click, conversion, value, score, self._confidence(one), replaced)
+
+    def _confidence(self, one: RankerInput) -> Floats:
+        """How much was known: support / (support + 3) of the item, halved for users without history. [C]"""
+        shown = np.nan_to_num(one.candidates[:, [_IMPRESSIONS, _CLICKS]], posinf=0.0, neginf=0.0)
+        counts = np.expm1(np.clip(shown, 0, 20))
+        # A click says as much of an item as ten impressions do.
+        support = counts[:, 1] + 0.1 * counts[:, 0]
+        confidence = support / (support + _HALF_SUPPORT)
+        trained = (one.candidate_rows >= 0) & (one.candidate_rows < self.table.vector_count)
+        confidence = np.where(trained, confidence, np.minimum(confidence, _MAX_UNTRAINED_CONFIDENCE))
+        confidence = np.where(one.candidate_rows >= 0, confidence, 0.0)
+        if not one.user[_KNOWN_USER] > 0:
+            confidence = confidence * _UNKNOWN_USER_FACTOR
+        return confidence.astype(np.float32)
+
+
+def collate(
+    group: Sequence[RankerInput], user_vectors: Sequence[Floats | None], dimension: int, item_count: int
+) -> RankerBatch:
+    """One padded batch on the CPU. Rows at or above `item_count` count as unknown, a broken vector as none."""
+    size, longest = len(group), max(len(one.candidate_rows) for one in group)
+    vectors = np.zeros((size, dimension), np.float32)
+    has_vector = np.zeros((size, 1), np.float32)
+    rows = np.full((size, longest), -1, np.int64)
+    candidates = np.zeros((size, longest, len(CANDIDATE_FEATURES)), np.float32)
+    for index, (one, vector) in enumerate(zip(group, user_vectors, strict=True)):
+        if vector is not None and np.isfinite(vector).all():
+            vectors[index] = vector
+            has_vector[index] = 1.0
+        count = len(one.candidate_rows)
+        rows[index, :count] = one.candidate_rows
+        candidates[index, :count] = one.candidates
+    history = np.stack([one.history_rows for one in group]).astype(np.int64)
+    return RankerBatch(
+        torch.from_numpy(vectors),
+        torch.from_numpy(has_vector),
+        torch.from_numpy(np.where(history < item_count, history, -1)),
+        torch.from_numpy(np.stack([one.history_weights for one in group])),
+        torch.from_numpy(np.stack([one.history_ages for one in group])),
+        torch.from_numpy(np.stack([one.user for one in group])),
+        torch.from_numpy(np.where(rows < item_count, rows, -1)),
+        torch.from_numpy(candidates),
+    )
+
+
+_NOTHING: Floats = np.zeros(0, np.float32)
+_EMPTY = Scores(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0)
