@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from headrace.v1.events_pb2 import Item
 
 from core import bundle
 from core.bundle import Manifest
 from core.errors import ArtifactError
+from headrace.v1.events_pb2 import Item
 
 
 def manifest(version: str) -> Manifest:

@@ -2,12 +2,12 @@
 
 import pytest
 from google.protobuf import json_format
-from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core import codec
 from core.errors import MalformedEventError
+from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
 
 NOW_MS = 1_700_000_000_000
 JSON = [("content-type", b"application/json")]

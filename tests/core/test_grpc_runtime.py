@@ -4,11 +4,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from headrace.v1 import recommender_service_pb2 as pb
-from headrace.v1 import recommender_service_pb2_grpc as pb_grpc
 
 from core.errors import InvalidRequestError, OverloadedError
 from core.grpc_runtime import GrpcServer, channel, request_deadline
+from headrace.v1 import recommender_service_pb2 as pb
+from headrace.v1 import recommender_service_pb2_grpc as pb_grpc
 
 SERVICE = "headrace.v1.RecommenderService"
 
