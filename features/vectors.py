@@ -153,7 +153,7 @@ def _candidates(
     at = np.where(known, rows, 0)
     if len(catalog) and len(rows):
         impressions, clicks = catalog.column("impressions")[at], catalog.column("clicks")[at]
-        popularity = _popularity(catalog, at, now_ms, settings)
+        popularity = popularity_at(catalog, at, now_ms, settings)
         out[:, 0] = np.log1p(impressions)
         out[:, 1] = np.log1p(clicks)
         out[:, 2] = (clicks + _PRIOR_IMPRESSIONS * _PRIOR_CTR) / (np.maximum(impressions, clicks) + _PRIOR_IMPRESSIONS)
@@ -167,7 +167,7 @@ def _candidates(
         out[:, 8] = catalog.column("log_price")[at]
         buckets = catalog.column("buckets")[at]
         for index in (0, -1):
-            out[:, 9 if index == 0 else 10] = _affinity(state, buckets, index, now_ms, settings)
+            out[:, 9 if index == 0 else 10] = affinity_of(state, buckets, index, now_ms, settings)
         out[:, 11] = np.log1p((history_rows[None, :] == at[:, None]).sum(axis=1))
         out[:, 12] = np.isin(at, session_rows)
         last = history_rows[-1]
@@ -182,8 +182,8 @@ def _candidates(
     return out
 
 
-def _popularity(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:
-    """Decayed engagement of some items, [C, half-lives]."""
+def popularity_at(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:
+    """Decayed engagement of some items as of `now_ms`, [C, half-lives]. Also the re-ranker's trending signal."""
     half_lives_ms = np.array(settings.half_lives_seconds, np.float64) * 1000
     exponent = catalog.column("log2_popularity")[rows] - now_ms / half_lives_ms
     popularity: Floats = np.exp2(np.clip(exponent, -1000, 100)).astype(np.float32)
@@ -211,8 +211,8 @@ def affinity_by_bucket(state: UserState, index: int, now_ms: int, settings: Feat
     return out
 
 
-def _affinity(state: UserState, buckets: Rows, index: int, now_ms: int, settings: FeaturesSettings) -> Floats:
-    """Mean liking of each candidate's categories, [C]."""
+def affinity_of(state: UserState, buckets: Rows, index: int, now_ms: int, settings: FeaturesSettings) -> Floats:
+    """Mean liking of the categories of each candidate, from their `buckets` [C, 4]; [C]. Also the re-ranker's signal."""
     by_bucket = np.append(affinity_by_bucket(state, index, now_ms, settings), np.float32(0))
     total = by_bucket[buckets].sum(axis=1)  # bucket -1 is the appended zero
     mean: Floats = (total / np.maximum(1, (buckets >= 0).sum(axis=1))).astype(np.float32)
