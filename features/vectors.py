@@ -183,7 +183,7 @@ def _candidates(
 
 
 def popularity_at(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:
-    """Decayed engagement of some items as of `now_ms`, [C, half-lives]. Also the re-ranker's trending signal."""
+    """Decayed engagement of some items as of `now_ms`, [C, half-lives]. Also the trending signal."""
     half_lives_ms = np.array(settings.half_lives_seconds, np.float64) * 1000
     exponent = catalog.column("log2_popularity")[rows] - now_ms / half_lives_ms
     popularity: Floats = np.exp2(np.clip(exponent, -1000, 100)).astype(np.float32)
@@ -212,7 +212,7 @@ def affinity_by_bucket(state: UserState, index: int, now_ms: int, settings: Feat
 
 
 def affinity_of(state: UserState, buckets: Rows, index: int, now_ms: int, settings: FeaturesSettings) -> Floats:
-    """Mean liking of the categories of each candidate, from their `buckets` [C, 4]; [C]. Also the re-ranker's signal."""
+    """Mean liking of the categories of each candidate, from their `buckets` [C, 4]; [C]. A signal of the re-ranker."""
     by_bucket = np.append(affinity_by_bucket(state, index, now_ms, settings), np.float32(0))
     total = by_bucket[buckets].sum(axis=1)  # bucket -1 is the appended zero
     mean: Floats = (total / np.maximum(1, (buckets >= 0).sum(axis=1))).astype(np.float32)
