@@ -1,0 +1,172 @@
+"""The `headrace` command: runs the stack, checks the machine, and carries the offline commands.
+
+Invariant: a known error is one line on stderr and exit code 1, Ctrl-C is exit code 130; nothing heavy is imported
+before the command that needs it runs.
+"""
+
+import time
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+DEFAULT_HOME = Path(".headrace")
+_INTERRUPTED = 130
+_KAFKA_TIMEOUT_SECONDS = 5
+
+
+class HeadraceGroup(TyperGroup):
+    """Where every command's errors end."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from core.errors import RecommenderError
+
+        try:
+            return super().invoke(ctx)
+        except RecommenderError as error:
+            typer.echo(f"headrace: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            raise typer.Exit(_INTERRUPTED) from interrupt
+
+
+app = typer.Typer(
+    name="headrace",
+    cls=HeadraceGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# Its commands stand beside ours: headrace train, not headrace offline train.
+if find_spec("offline.cli") is not None:
+    app.add_typer(import_module("offline.cli").app)
+
+Home = Annotated[Path, typer.Option(help="Folder for data, logs and bundles.", file_okay=False)]
+Kafka = Annotated[str, typer.Option(help="embedded, local (from KAFKA_HOME) or HOST:PORT.", metavar="WHICH")]
+FixedPorts = Annotated[bool, typer.Option("--fixed-ports", help="The ports of the settings, not free ones.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of all processes.")]
+Config = Annotated[Path | None, typer.Option(help="Settings, in the shape of core/defaults.toml.", dir_okay=False)]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headrace {version('headrace')}")
+        raise typer.Exit
+
+
+@app.callback()
+def headrace(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A streaming recommender: what a user did a moment ago changes what the user sees next.
+
+    Begin with [bold]headrace demo[/]: it trains on simulated data, starts everything and shows it work.
+    With data of your own: [bold]headrace import[/], [bold]headrace train[/], [bold]headrace up[/].
+    """
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(help="simulated, movielens or trivago.")] = "simulated",
+    path: Annotated[Path | None, typer.Option(help="Folder of the MovieLens or Trivago files.")] = None,
+    home: Home = DEFAULT_HOME / "demo",
+    kafka: Kafka = "embedded",
+    redis_url: Annotated[str | None, typer.Option(help="A running Redis; else one is started.")] = None,
+    fixed_ports: FixedPorts = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave it running, with lines to try it.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as one last JSON line.")] = False,
+    verbose: Verbose = False,
+    config: Config = None,
+) -> None:
+    """Train, start everything, and watch a click change an answer.
+
+    Example: [bold]headrace demo --data movielens --path ml-latest-small[/]
+    """
+    from devstack.demo import run_demo
+    from devstack.options import DemoOptions
+
+    options = DemoOptions(home, data, path, kafka, redis_url, fixed_ports, keep, json, verbose, config)
+    raise typer.Exit(run_demo(options))
+
+
+@app.command()
+def up(
+    home: Home = DEFAULT_HOME,
+    kafka: Annotated[
+        str, typer.Option(help="embedded, local or HOST:PORT.", metavar="WHICH", envvar="KAFKA_BOOTSTRAP_SERVERS")
+    ] = "embedded",
+    redis_url: Annotated[
+        str | None, typer.Option(envvar="REDIS_URL", help="A running Redis; else one is started.")
+    ] = None,
+    fixed_ports: FixedPorts = False,
+    verbose: Verbose = False,
+    config: Config = None,
+) -> None:
+    """Run the whole stack until Ctrl-C. Needs a release bundle: see train.
+
+    Example: [bold]headrace up --kafka local --fixed-ports[/]
+    """
+    from devstack.stack import Stack
+    from devstack.supervisor import say_on_stderr
+
+    begin = time.monotonic()
+    stack = Stack(
+        home,
+        kafka=kafka,
+        redis_url=redis_url,
+        ports="fixed" if fixed_ports else "free",
+        config=config,
+        verbose=verbose,
+    )
+    with stack:
+        say_on_stderr("headrace", f"is up after {time.monotonic() - begin:.1f} s; Ctrl-C stops everything")
+        for name in ("serving", "candidate", "ranker", "kafka", "redis"):
+            typer.echo(f"{name:>10}  {stack.address(name)}")
+        typer.echo(f"{'logs':>10}  {stack.logs}")
+        typer.echo(f"{'clients':>10}  export HEADRACE_CONFIG={stack.settings_file}")
+        stack.wait()
+
+
+@app.command()
+def check(home: Home = DEFAULT_HOME, config: Config = None) -> None:
+    """Try every dependency out; name what is missing and how to get it.
+
+    Example: [bold]headrace check[/]
+    """
+    from devstack.check import print_findings, run_checks
+
+    raise typer.Exit(print_findings(run_checks(home, config)))
+
+
+@app.command()
+def topics(
+    check_only: Annotated[bool, typer.Option("--check", help="Change nothing, only say what is wrong.")] = False,
+    config: Config = None,
+) -> None:
+    """Make the topics that a Kafka lacks, and check the others.
+
+    Example: [bold]KAFKA_BOOTSTRAP_SERVERS=kafka:9092 headrace topics --check[/]
+    """
+    from core.kafka import wait_for_kafka
+    from core.settings import load_settings
+    from devstack.topics import ensure_topics, topic_problems
+
+    settings = load_settings(config).kafka
+    wait_for_kafka(settings, _KAFKA_TIMEOUT_SECONDS)
+    made = [] if check_only else ensure_topics(settings)
+    for name in made:
+        typer.echo(f"made {name}")
+    problems = topic_problems(settings)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"all topics are right at {settings.bootstrap_servers}")
