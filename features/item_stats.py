@@ -7,13 +7,12 @@ writer (the worker that owns the partition) and carries the offsets that it incl
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from headrace.v1.events_pb2 import DecayedSum, KindStats
-from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
-
 from core.settings import FeaturesSettings
 from features import decay
 from features.transforms import engagement_weight
 from features.windows import OTHER_KINDS, Position, UserEvent, decode_offsets, encode_offsets
+from headrace.v1.events_pb2 import DecayedSum, KindStats
+from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
 
 
 @dataclass(slots=True)
@@ -46,6 +45,9 @@ def apply(partial: ItemPartial, event: UserEvent, settings: FeaturesSettings) ->
     weight = max(0.0, engagement_weight(event.kind, event.value, event.confidence, settings))
     if not partial.popularity:
         partial.popularity = [(0, 0.0)] * len(settings.half_lives_seconds)
+    if weight == 0.0:
+        # An impression, mostly: nothing to add, and there are many of them.
+        return
     for index, half_life_seconds in enumerate(settings.half_lives_seconds):
         landmark, growth = decay.landmark_weight(event.time_ms, half_life_seconds * 1000)
         partial.popularity[index] = decay.add(*partial.popularity[index], landmark, weight * growth)

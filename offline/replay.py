@@ -13,18 +13,21 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from headrace.v1.events_pb2 import Item, ItemStats
+import pyarrow as pa
 
 from core.settings import FeaturesSettings
 from features import item_stats, windows
 from features.catalog import Catalog
 from features.item_stats import ItemPartial
 from features.stores.event_log import EventLog, user_events
-from features.stores.event_rows import FEEDBACK, ITEMS
-from features.windows import Outcome, UserEvent, UserState, as_impression_event
+from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS
+from features.transforms import stable_hash
+from features.windows import IMPRESSION, Outcome, UserEvent, UserState
+from headrace.v1.events_pb2 import Item, ItemStats
 
 # Source partition of the statistics that come from a log: the stream's partitions are 0 and up, readers add up all.
 LOG_PARTITION = -1
+_BATCH_LISTS = 16_384
 
 
 class Shown(NamedTuple):
@@ -63,7 +66,7 @@ class Replay:
     ) -> None:
         self.states: dict[str, UserState] = {}
         self.watermark_ms = 0
-        # item_id -> its statistics; the same per segment.
+        # item_id -> its statistics; per segment the same, without what was merely shown.
         self.partials: dict[str, ItemPartial] = {}
         self.segment_partials: dict[str, dict[str, ItemPartial]] = {}
         self._segment_of = segment_of or {}
@@ -132,17 +135,15 @@ class Replay:
         self.watermark_ms = max(self.watermark_ms, event.time_ms)
         if isinstance(entry, Shown):
             for item_id in entry.item_ids:
-                self._count(event._replace(item_id=item_id))
-        else:
-            self._count(event)
-        return True
-
-    def _count(self, event: UserEvent) -> None:
-        self._touched.add(event.item_id)
+                self._count_in(self.partials, event._replace(item_id=item_id))
+            self._touched.update(entry.item_ids)
+            return True
         self._count_in(self.partials, event)
+        self._touched.add(event.item_id)
         segment = self._segment_of.get(event.user_id)
         if segment:
             self._count_in(self.segment_partials.setdefault(segment, {}), event)
+        return True
 
     def _count_in(self, partials: dict[str, ItemPartial], event: UserEvent) -> None:
         partial = partials.get(event.item_id)
@@ -165,9 +166,16 @@ def read_entries(log: EventLog, start_ms: int | None = None, end_ms: int | None 
 
 
 def _shown(log: EventLog, start_ms: int | None, end_ms: int | None) -> Iterator[Shown]:
-    for message in log.impressions(start_ms, end_ms):
-        event = as_impression_event(message)
-        yield Shown(event, tuple(impression.item_id for impression in message.impressions))
+    columns = ["user_id", "event_id", "event_time", "impressions"]
+    for batch in log.rows(IMPRESSIONS, start_ms, end_ms, columns).to_batches(max_chunksize=_BATCH_LISTS):
+        users, ids = batch["user_id"].to_pylist(), batch["event_id"].to_pylist()
+        times = batch["event_time"].cast(pa.int64()).to_pylist()
+        items = batch["impressions"].flatten().field("item_id").to_pylist()
+        bounds = batch["impressions"].offsets.to_numpy()
+        ends = (bounds - bounds[0]).tolist()
+        for user, event_id, time_ms, begin, end in zip(users, ids, times, ends, ends[1:], strict=False):
+            event = UserEvent(user, stable_hash(event_id), "", IMPRESSION, time_ms)
+            yield Shown(event, tuple(items[begin:end]))
 
 
 def read_items(log: EventLog) -> list[Item]:
@@ -177,7 +185,14 @@ def read_items(log: EventLog) -> list[Item]:
     it can, since there will be none.
     """
     items = list(log.items())
-    named = log.events(columns=["item_id"])["item_id"].unique().to_pylist()
-    missing = sorted(set(named) - {item.item_id for item in items})
+    named: set[str] = set()
+    for table in (EVENTS, FEEDBACK):
+        named.update(log.rows(table, columns=["item_id"])["item_id"].unique().to_pylist())
+    missing = sorted(named - {item.item_id for item in items})
     described = bool(log.files(ITEMS))
     return items + [Item(item_id=item_id, available=not described) for item_id in missing]
+
+
+def segments_of(log: EventLog) -> dict[str, str]:
+    """Segment of each user that has one."""
+    return {user.user_id: user.segment for user in log.users() if user.segment}

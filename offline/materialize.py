@@ -1,0 +1,199 @@
+"""Puts into the online store what the stream would have put there for a log, so that serving starts warm.
+
+Run before streaming begins: the demo, a first start, a lost Redis whose topics no longer reach back. Invariant: rows
+that the stream has written (they carry offsets) stay as they are. The statistics go under source partition -1 beside
+the stream's own, so events of the log must not be streamed as well.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from candidate.encoder import UserEncoder
+from candidate.towers import load_towers
+from core.bundle import BATCH_SCORES, ReleaseBundle
+from core.settings import Settings
+from features import windows
+from features.catalog import Catalog
+from features.definitions import (
+    ITEM_PROFILE,
+    ITEM_STATS,
+    POPULARITY,
+    USER_EMBEDDING,
+    USER_PROFILE,
+    USER_STATE,
+)
+from features.stores.event_log import EventLog
+from features.stores.layout import Cell
+from features.stores.online import OnlineStore, Write
+from features.windows import UserState
+from headrace.v1.events_pb2 import Item, User
+from offline.batch_scores import read_batch_scores, store_batch_scores
+from offline.models import read_item_vectors
+from offline.popularity import popularity_lists
+from offline.replay import LOG_PARTITION, Replay, read_entries, read_items
+from offline.reporting import Reporter
+
+_ROWS_PER_WRITE = 500
+_USERS_PER_ENCODING = 256
+# The segment of everybody, in the popularity view.
+EVERYBODY = "all"
+
+
+@dataclass(frozen=True)
+class MaterializeSummary:
+    """Rows written per view, and rows that were left to the stream."""
+
+    users: int
+    user_embeddings: int
+    user_profiles: int
+    batch_scores: int
+    items: int
+    item_stats: int
+    popularity_lists: int
+    left_to_stream: int
+    watermark_ms: int
+    seconds: float
+
+
+def materialize(
+    log_root: str | Path,
+    bundle: ReleaseBundle | None,
+    settings: Settings,
+    *,
+    before_ms: int | None = None,
+    progress: bool = True,
+) -> MaterializeSummary:
+    """Replays a log and writes its rows.
+
+    Args:
+        log_root: folder or URL of the event log.
+        bundle: whose batch scores and user vectors to write; None = neither.
+        settings: where Redis is, and what is kept of users and items.
+        before_ms: only events before this time.
+        progress: show a progress bar.
+
+    Raises:
+        StageError: Redis does not answer.
+        ConfigError, ArtifactError: a log or bundle that cannot be read.
+    """
+    started = time.monotonic()
+    log = EventLog(log_root)
+    users = list(log.users())
+    replay = Replay(read_items(log), settings.features, {user.user_id: user.segment for user in users if user.segment})
+    replay.advance(read_entries(log, end_ms=before_ms))
+    store = OnlineStore(settings.redis, settings.features.project)
+    try:
+        store.ping()
+        written = _write_all(store, replay, users, bundle, settings, Reporter(shown=progress))
+    finally:
+        store.close()
+    return MaterializeSummary(**written, watermark_ms=replay.watermark_ms, seconds=time.monotonic() - started)
+
+
+def _write_all(
+    store: OnlineStore,
+    replay: Replay,
+    users: Sequence[User],
+    bundle: ReleaseBundle | None,
+    settings: Settings,
+    reporter: Reporter,
+) -> dict[str, int]:
+    items = replay.catalog.items
+    popular = popularity_lists(replay, replay.watermark_ms, settings)
+    lists = {EVERYBODY: popular["all"], **popular["segments"]}
+    total = 2 * len(replay.states) + len(items) + len(replay.partials) + len(users) + len(lists)
+    written: dict[str, int] = {}
+    with reporter.bar("online store", total) as advance:
+        writer = _Writer(store, advance)
+        written["users"] = writer.write(state_write(user, state) for user, state in replay.states.items())
+        written["item_stats"] = writer.write(_stats_writes(replay))
+        written["items"] = writer.write(map(item_write, items))
+        written["user_profiles"] = writer.write(map(profile_write, users))
+        written["popularity_lists"] = writer.write(
+            _popularity_write(name, ranked, replay.watermark_ms) for name, ranked in lists.items()
+        )
+        # Where the stream owns the state, it owns the vector too.
+        ours = {user_id: state for user_id, state in replay.states.items() if (user_id,) not in writer.refused}
+        vectors = _embedding_writes(ours, bundle, settings) if bundle is not None else iter(())
+        written["user_embeddings"] = writer.write(vectors)
+    written["batch_scores"] = 0
+    if bundle is not None and bundle.has(BATCH_SCORES):
+        rows = read_batch_scores(bundle.file(BATCH_SCORES))
+        written["batch_scores"] = store_batch_scores(rows, bundle.version, store)
+    return written | {"left_to_stream": len(writer.refused)}
+
+
+class _Writer:
+    """Writes rows in batches, and remembers the keys of those that the stream owns."""
+
+    def __init__(self, store: OnlineStore, advance: Callable[[int], None]) -> None:
+        self._store, self._advance = store, advance
+        self.refused: set[tuple[str, ...]] = set()
+
+    def write(self, writes: Iterable[Write]) -> int:
+        remaining, done = iter(writes), 0
+        while batch := list(islice(remaining, _ROWS_PER_WRITE)):
+            taken = self._store.write(batch)
+            done += sum(taken)
+            self.refused.update(row.key for row, took in zip(batch, taken, strict=True) if not took)
+            self._advance(len(batch))
+        return done
+
+
+def state_write(user_id: str, state: UserState) -> Write:
+    """The user's row, without offsets: it takes effect only where the stream has not been yet."""
+    cells: dict[str, Cell] = {
+        "state": windows.encode(state),
+        "revision": state.revision,
+        "watermark_ms": state.watermark_ms,
+    }
+    return Write(USER_STATE, (user_id,), cells, guard="offsets")
+
+
+def item_write(item: Item) -> Write:
+    cells: dict[str, Cell] = {"item": item.SerializeToString(deterministic=True), "title": item.title}
+    return Write(ITEM_PROFILE, (item.item_id,), cells, guard="item_offsets")
+
+
+def profile_write(user: User) -> Write:
+    cells: dict[str, Cell] = {"profile": user.SerializeToString(deterministic=True), "profile_segment": user.segment}
+    return Write(USER_PROFILE, (user.user_id,), cells, guard="profile_offsets")
+
+
+def _stats_writes(replay: Replay) -> Iterator[Write]:
+    for stats in replay.item_stats():
+        cells: dict[str, Cell] = {"stats": stats.SerializeToString(deterministic=True), "revision": stats.revision}
+        yield Write(ITEM_STATS, (stats.item_id, str(LOG_PARTITION)), cells)
+
+
+def _popularity_write(segment: str, ranked: Sequence[tuple[str, float]], watermark_ms: int) -> Write:
+    cells: dict[str, Cell] = {
+        "popular_item_ids": [item_id for item_id, _ in ranked],
+        "popular_scores": [score for _, score in ranked],
+        "popular_watermark_ms": watermark_ms,
+    }
+    return Write(POPULARITY, (segment,), cells)
+
+
+def _embedding_writes(states: Mapping[str, UserState], bundle: ReleaseBundle, settings: Settings) -> Iterator[Write]:
+    encoder = UserEncoder(load_towers(bundle.path), settings.features)
+    # Vectors go by the bundle's own rows; the log may know more items by now.
+    catalog = Catalog(settings.features)
+    for item in bundle.items():
+        catalog.upsert(item)
+    item_vectors = read_item_vectors(bundle.path)
+    version = bundle.manifest.embedding_version
+    users = iter(states.items())
+    while batch := list(islice(users, _USERS_PER_ENCODING)):
+        vectors, known = encoder.encode([state for _, state in batch], catalog, item_vectors)
+        for (user_id, state), vector, has_vector in zip(batch, vectors, known, strict=True):
+            if has_vector:
+                cells: dict[str, Cell] = {
+                    "vector": vector.tolist(),
+                    "embedding_version": version,
+                    "embedding_revision": state.revision,
+                }
+                yield Write(USER_EMBEDDING, (user_id,), cells)
