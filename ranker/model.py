@@ -8,6 +8,7 @@ Invariant: candidates do not see each other, so a score does not depend on what 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ class RankerModel(nn.Module):
         ) + config.user_width
         self.crosses = nn.ModuleList(Cross(total, config.cross_rank) for _ in range(config.cross_layers))
         widths = [total, *config.hidden]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.Linear(widths[-1] + total, len(HEADS))
         # Index 0 = unknown position, as in every request.

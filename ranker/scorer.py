@@ -118,7 +118,7 @@ class Scorer:
         return Scores(click, conversion, value, score, self._confidence(one), replaced)
 
     def _confidence(self, one: RankerInput) -> Floats:
-        """How much was known: support / (support + 3) of the item, halved for users without history. [C]"""
+        """How much was known, [C]: support / (support + 3) of the item, halved for users without history."""
         shown = np.nan_to_num(one.candidates[:, [_IMPRESSIONS, _CLICKS]], posinf=0.0, neginf=0.0)
         counts = np.expm1(np.clip(shown, 0, 20))
         # A click says as much of an item as ten impressions do.
@@ -153,7 +153,7 @@ def collate(
         torch.from_numpy(vectors),
         torch.from_numpy(has_vector),
         torch.from_numpy(np.where(history < item_count, history, -1)),
-        torch.from_numpy(np.stack([one.history_weights for one in group])),
+        torch.from_numpy(np.nan_to_num(np.stack([one.history_weights for one in group]))),
         torch.from_numpy(np.stack([one.history_ages for one in group])),
         torch.from_numpy(np.stack([one.user for one in group])),
         torch.from_numpy(np.where(rows < item_count, rows, -1)),

@@ -1,0 +1,154 @@
+"""Candidates for the ranker's training rows, as the candidate service would have brought them at that time.
+
+The sources over whole arrays: the user's vector against all items, items near the newest interactions, what trends,
+what is new. Invariant: uses only what was known at the question's time: the state before it, items that existed.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from candidate.encoder import UserEncoder
+from core.settings import Settings
+from features import windows
+from features.catalog import Catalog, Floats, Rows
+from features.vectors import SOURCES
+from features.windows import UserState
+
+ANN, ITEM_TO_ITEM, TRENDING, NEW = (1 << SOURCES.index(name) for name in ("ann", "item_to_item", "trending", "new"))
+# Of the retrieved, the first this many are the ones that a user would see without a ranker: the hardest negatives.
+_HARD = 50
+# Shares of the drawn negatives: the hardest, the rest of what was retrieved, any item.
+_HARD_SHARE, _RETRIEVED_SHARE = 0.3, 0.5
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Pool(NamedTuple):
+    """What would be retrieved for a user, best first."""
+
+    # Unit vector [d], or None where no item of the history is known.
+    user_vector: Floats | None
+    rows: Rows
+    scores: Floats
+    source_bits: Rows
+
+
+class Moment(NamedTuple):
+    """What there was to recommend at a time."""
+
+    # Which items could be recommended [n], and their short-term popularity [n].
+    known: Mask
+    popularity: Floats
+    publish_ms: npt.NDArray[np.int64]
+
+
+class CandidateSources:
+    """The sources, over the first n rows of a catalogue: those with a vector."""
+
+    def __init__(self, encoder: UserEncoder, item_vectors: Floats, settings: Settings) -> None:
+        self._encoder = encoder
+        self._vectors = item_vectors
+        self._tensor = torch.from_numpy(item_vectors)
+        self._quotas = settings.candidate.quotas
+        self._seeds = settings.candidate.item_to_item_seeds
+
+    def pools(self, states: Sequence[UserState], catalog: Catalog, moments: Sequence[Moment]) -> list[Pool]:
+        """Retrieves for B users, each at its own moment; what the user has in the history is left in."""
+        users, has_vector = self._encoder.encode(states, catalog, self._vectors)
+        known = np.stack([moment.known for moment in moments])
+        hidden = torch.from_numpy(~known)
+        ann = self._best(torch.from_numpy(users) @ self._tensor.T, hidden, self._quotas.get("ann", 0))
+        seeds = np.stack([self._seed_vectors(state, catalog) for state in states])
+        near = (torch.from_numpy(seeds) @ self._tensor.T).amax(1)
+        item_to_item = self._best(near, hidden, self._quotas.get("item_to_item", 0))
+        pools = []
+        for index, moment in enumerate(moments):
+            merged = _Merge(len(self._vectors))
+            if has_vector[index]:
+                merged.add(ANN, *ann[index])
+            if seeds[index].any():
+                merged.add(ITEM_TO_ITEM, *item_to_item[index])
+            merged.add(TRENDING, *self._trending(moment))
+            merged.add(NEW, *self._new(moment))
+            pools.append(merged.pool(users[index] if has_vector[index] else None))
+        return pools
+
+    @property
+    def item_count(self) -> int:
+        return len(self._vectors)
+
+    def provenance(self, pool: Pool, rows: Rows) -> tuple[Floats, Rows]:
+        """Retrieval scores and source bits of chosen rows, [C] each; of what no source brought, as if ANN had."""
+        order = np.argsort(pool.rows, kind="stable")
+        at = np.minimum(np.searchsorted(pool.rows[order], rows), max(0, len(order) - 1))
+        scores, bits = np.zeros(len(rows), np.float32), np.full(len(rows), ANN, np.int32)
+        if pool.user_vector is not None:
+            scores[:] = self._vectors[rows] @ pool.user_vector
+        if len(order):
+            found = pool.rows[order[at]] == rows
+            scores[found] = pool.scores[order[at]][found]
+            bits[found] = pool.source_bits[order[at]][found]
+        return scores, bits
+
+    def _best(self, scores: torch.Tensor, hidden: torch.Tensor, count: int) -> list[tuple[Rows, Floats]]:
+        top = scores.masked_fill_(hidden, -torch.inf).topk(min(count, scores.shape[1]), 1)
+        rows, values = top.indices.numpy().astype(np.int32), top.values.numpy()
+        found = np.isfinite(values)
+        return [(rows[i][found[i]], values[i][found[i]]) for i in range(len(rows))]
+
+    def _seed_vectors(self, state: UserState, catalog: Catalog) -> Floats:
+        rows = catalog.rows(windows.recent_items(state)[: self._seeds])
+        rows = rows[(rows >= 0) & (rows < len(self._vectors))]
+        out = np.zeros((self._seeds, self._vectors.shape[1]), np.float32)
+        out[: len(rows)] = self._vectors[rows]
+        return out
+
+    def _trending(self, moment: Moment) -> tuple[Rows, Floats]:
+        popularity = np.where(moment.known, moment.popularity, np.float32(0))
+        count = min(self._quotas.get("trending", 0), int((popularity > 0).sum()))
+        rows = np.argpartition(-popularity, count - 1)[:count] if count else np.zeros(0, np.int64)
+        values = popularity[rows]
+        return rows.astype(np.int32), values / max(float(values.max(initial=0.0)), 1e-9)
+
+    def _new(self, moment: Moment) -> tuple[Rows, Floats]:
+        publish_ms = np.where(moment.known, moment.publish_ms, 0)
+        count = min(self._quotas.get("new", 0), int((publish_ms > 0).sum()))
+        rows = np.argpartition(-publish_ms, count - 1)[:count] if count else np.zeros(0, np.int64)
+        return rows.astype(np.int32), np.zeros(len(rows), np.float32)
+
+
+def draw(pool: Pool, moment: Moment, avoid: Rows, count: int, rng: np.random.Generator) -> Rows:
+    """Negatives for a question, at most `count`, no row twice: hard ones, others that were retrieved, any items."""
+    retrieved = pool.rows[~np.isin(pool.rows, avoid)]
+    hard = _sample(retrieved[:_HARD], round(count * _HARD_SHARE), rng)
+    rest = _sample(retrieved[_HARD:], round(count * _RETRIEVED_SHARE), rng)
+    left = count - len(hard) - len(rest)
+    anywhere = rng.choice(np.flatnonzero(moment.known), 2 * left) if moment.known.any() else np.zeros(0, np.int64)
+    anywhere = np.unique(anywhere[~np.isin(anywhere, np.concatenate([avoid, hard, rest]))])
+    return np.concatenate([hard, rest, _sample(anywhere, left, rng)]).astype(np.int32)
+
+
+def _sample(rows: npt.NDArray[np.integer[Any]], count: int, rng: np.random.Generator) -> Rows:
+    chosen: Rows = rng.permutation(rows)[:count].astype(np.int32)
+    return chosen
+
+
+class _Merge:
+    """Candidates of several sources: each item once, with its best score and all its sources."""
+
+    def __init__(self, count: int) -> None:
+        self._scores = np.full(count, -np.inf, np.float32)
+        self._bits = np.zeros(count, np.int32)
+
+    def add(self, source: int, rows: Rows, scores: Floats) -> None:
+        self._scores[rows] = np.maximum(self._scores[rows], scores)
+        self._bits[rows] |= source
+
+    def pool(self, user_vector: Floats | None) -> Pool:
+        rows = np.flatnonzero(self._bits).astype(np.int32)
+        rows = rows[np.argsort(-self._scores[rows], kind="stable")]
+        return Pool(user_vector, rows, self._scores[rows], self._bits[rows])
