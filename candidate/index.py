@@ -21,10 +21,11 @@ import numpy.typing as npt
 from core.errors import ArtifactError
 
 FORMAT = 1
-# Probes are raised until this share of the exact neighbours is found, on the vectors themselves as queries.
+# Probes are raised until this share of the exact neighbours is found; the queries lie between two items each, as
+# users do: items themselves as queries would be too easy.
 RECALL_TARGET, RECALL_QUERIES, RECALL_K = 0.98, 128, 500
-# Where fewer items than this pass a filter, they are scored one by one: exact, and cheaper than probing for them.
-SCAN_MAX_ITEMS = 20_000
+# Where this share of the items passes a filter, or less, they are scored one by one: exact, and cheaper.
+SCAN_MAX_SHARE = 0.05
 # The delta is scanned by every search: past this size (or share of the main part) it is merged.
 DELTA_MAX_ITEMS, DELTA_MAX_SHARE = 2_000, 0.05
 
@@ -250,8 +251,8 @@ def _fresh(main: Any, rows: Rows, vectors: Floats, info: IndexInfo) -> _State:
 
 def _tune(main: Any, vectors: Floats, lists: int) -> tuple[int, float]:
     """Fewest probes (by doubling) that reach the recall wanted, and the recall that they have."""
-    chosen = np.random.default_rng(1).choice(len(vectors), min(len(vectors), RECALL_QUERIES), replace=False)
-    queries, k = vectors[chosen], min(RECALL_K, len(vectors))
+    pairs = np.random.default_rng(1).choice(len(vectors), (RECALL_QUERIES, 2))
+    queries, k = vectors[pairs].sum(axis=1), min(RECALL_K, len(vectors))
     exact = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
     probes = 8
     while True:
@@ -287,15 +288,20 @@ def _search_main(state: _State, queries: Floats, k: int, allowed: Bools | None) 
     left = count if passing is None else int(np.count_nonzero(passing))
     if left == 0:
         return np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
-    if passing is not None and left <= min(SCAN_MAX_ITEMS, count // 2):
+    if passing is not None and left <= SCAN_MAX_SHARE * count:
         return _scan(queries, state.main_vectors, state.main_rows, np.flatnonzero(passing), k)
     bits = np.packbits(passing, bitorder="little") if passing is not None and left < count else None
     selector = faiss.IDSelectorBitmap(count, faiss.swig_ptr(bits)) if bits is not None else None
     parameters: Any = _ivf_parameters(state.info.probes) if state.info.probes else faiss.SearchParameters()
     parameters.sel = selector
     scores, at = state.main.search(queries, min(k, left), params=parameters)
+    short = np.flatnonzero(at[:, -1] < 0)
     rows = np.where(at >= 0, state.main_rows[at], -1)
-    return rows, np.where(at >= 0, scores, -np.inf).astype(np.float32)
+    if len(short):
+        # The lists probed held too few that pass: the filter lies elsewhere than the query.
+        everything = np.arange(count) if passing is None else np.flatnonzero(passing)
+        rows[short], scores[short] = _scan(queries[short], state.main_vectors, state.main_rows, everything, at.shape[1])
+    return rows, scores
 
 
 def _scan(queries: Floats, vectors: Floats, rows: Rows, at: Rows, k: int) -> tuple[Rows, Floats]:
