@@ -51,7 +51,7 @@ class Demo:
     def run(self) -> int:
         options = self.options
         registry = options.home / "bundles"
-        for stale in ("bundles", "stack", "event_log"):
+        for stale in ("bundles", "event_log"):
             shutil.rmtree(options.home / stale, ignore_errors=True)
         data = self._prepare()
         self._step("Training a release bundle: towers, ranker, index, batch scores")
@@ -66,6 +66,7 @@ class Demo:
             config=options.config,
             say=self._say,
             verbose=options.verbose,
+            fresh=True,
         ) as stack:
             sender = EventSender(stack.settings)
             backend = Backend(stack.address("serving"), self.tally)
