@@ -23,13 +23,13 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from headrace.v1.events_pb2 import Feedback, ImpressionList, Item, User
 
 from core.errors import ConfigError
 from features.stores import event_rows
 from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, TIME, USERS, LogTable
 from features.transforms import stable_hash
 from features.windows import UserEvent
+from headrace.v1.events_pb2 import Feedback, ImpressionList, Item, User
 
 _DAY_MS = 86_400_000
 # Below this many rows a day, many days: a file each would cost more than its rows.
@@ -73,13 +73,13 @@ class EventLog:
         ]
 
     def replace(self, table: LogTable, rows: Sequence[pa.Table], stem: str) -> None:
-        """Bulk write: `rows` become the only files whose names begin with `stem`; older such files go away."""
+        """Bulk write: `rows` become the only files of the name `stem-<number>`; older such files go away."""
         written: set[str] = set()
         for index, part in enumerate(rows):
             by_month = table.by_date and _is_thin(part)
             written.update(self.write(table, part, f"{stem}-{index:05d}", by_month=by_month))
         for path in self.files(table):
-            if path.rsplit("/", 1)[1].startswith(f"{stem}-") and path not in written:
+            if stem_of(path) == stem and path not in written:
                 self._files.rm_file(path)
 
     def events(
@@ -192,6 +192,11 @@ class EventLog:
             os.fsync(file.fileno())
         Path(unfinished).replace(path)
         return path
+
+
+def stem_of(path: str) -> str:
+    """The name that `replace` was given for a file."""
+    return path.rsplit("/", 1)[1].rpartition("-")[0]
 
 
 def user_events(rows: pa.Table) -> Iterator[UserEvent]:

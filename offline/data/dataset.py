@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import ConfigError
-from features.stores.event_log import EventLog
-from features.stores.event_rows import EVENTS, LOG_TABLES, LogTable
+from features.stores.event_log import EventLog, stem_of
+from features.stores.event_rows import EVENTS, LOG_TABLES
 
 # Told what is being done, and the share of it that is done (0..1).
 Progress = Callable[[str, float], None]
@@ -82,8 +82,7 @@ def write_dataset(
     for table in LOG_TABLES:
         rows = tables.get(table.name)
         log.replace(table, [rows] if rows is not None and rows.num_rows else [], name)
-    others = {path.rsplit("/", 1)[1] for table in LOG_TABLES for path in log.files(table)}
-    if any(not file.startswith(f"{name}-") for file in others):
+    if any(stem_of(path) != name for table in LOG_TABLES for path in log.files(table)):
         notes = (*notes, f"{out} also holds other data; it is read together with this")
     return summarise(name, str(out), tables, skipped or {}, notes, time.monotonic() - started)
 
@@ -154,7 +153,3 @@ def categories_of(items: pa.Table, item_ids: Any) -> pa.Array:
 
 def time_text(time_ms: int | None) -> str:
     return "" if time_ms is None else datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")
-
-
-def table_named(name: str) -> LogTable:
-    return next(table for table in LOG_TABLES if table.name == name)
