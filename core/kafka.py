@@ -54,7 +54,14 @@ def client_config(settings: KafkaSettings) -> dict[str, Any]:
 class KafkaProducer:
     """Sends and tells, for each message, where it came to lie or why it did not."""
 
-    def __init__(self, settings: KafkaSettings, *, linger_ms: float = 1, queue_max: int = 100_000) -> None:
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        *,
+        linger_ms: float = 1,
+        queue_max: int = 100_000,
+        delivery_timeout_ms: int = 10_000,
+    ) -> None:
         self._address = settings.bootstrap_servers
         self._producer = Producer(
             {
@@ -63,7 +70,7 @@ class KafkaProducer:
                 "acks": "all",
                 "enable.idempotence": True,
                 "linger.ms": linger_ms,
-                "delivery.timeout.ms": 10_000,
+                "delivery.timeout.ms": delivery_timeout_ms,
                 "queue.buffering.max.messages": queue_max,
             }
         )

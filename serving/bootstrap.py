@@ -1,0 +1,155 @@
+"""Wires the front door: the only place where its parts are made and joined.
+
+Invariant: everything is closed in the reverse order of its making, and nothing here waits for another process.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+from core.clock import Clock, SystemClock
+from core.codec import from_ms
+from core.grpc_runtime import GrpcServer
+from core.kafka import KafkaProducer
+from core.process import Process, freeze_heap
+from core.settings import ServingSettings, Settings
+from core.telemetry import get_logger
+from core.topics import Topics
+from headrace.v1.events_pb2 import Event
+from headrace.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_server
+from headrace.v1.recommender_service_pb2 import RecommendRequest
+from headrace.v1.recommender_service_pb2_grpc import add_RecommenderServiceServicer_to_server
+from serving import metrics
+from serving.breaker import CLOSED, CircuitBreaker
+from serving.clients import CandidateClient, RankerClient
+from serving.ingest import IngestService, TopicIdentities
+from serving.ladder import Ladder, LastGood
+from serving.pipeline import Pipeline, Stages
+from serving.recommender import Recommender
+from serving.release import Release, Releases
+from serving.service import RecommenderService
+from serving.stages.filter import EligibilityFilter
+from serving.stages.hydrate import StoreHydrator
+from serving.stages.log import KafkaImpressionLog
+from serving.stages.rank import ServiceRanker
+from serving.stages.rerank import BlendingReRanker
+from serving.stages.retrieve import MergingRetriever
+from serving.stages.select import TopSelector
+from serving.store_reader import UserStore
+
+_log = get_logger("serving")
+SERVICES = ("headrace.v1.RecommenderService", "headrace.v1.IngestService")
+DEPENDENCIES = ("redis", "candidate", "ranker", "kafka")
+# Impressions may wait for company; an ingested event may not.
+_IMPRESSION_LINGER_MS = 20
+# After so long an event that Kafka did not take is given back to its producer.
+_INGEST_DELIVERY_TIMEOUT_MS = 2_000
+_WARM_UPS = 3
+
+
+async def serve(settings: Settings, process: Process) -> None:
+    """Runs until the process is to stop."""
+    async with front_door(settings, process) as server:
+        process.open_admin(settings.serving.host, settings.serving.admin_port)
+        _log.info("ready", port=server.port)
+        await process.stopping.wait()
+
+
+@asynccontextmanager
+async def front_door(settings: Settings, process: Process, clock: Clock | None = None) -> AsyncIterator[GrpcServer]:
+    """A running server with all that is behind it.
+
+    Raises:
+        ArtifactError: no release bundle, or one that does not load.
+        OSError: the port is taken.
+    """
+    clock = clock or SystemClock()
+    serving, topics = settings.serving, Topics(settings.kafka.topic_prefix)
+    releases = await asyncio.to_thread(Releases, settings, lambda topic: metrics.malformed.labels(topic).inc())
+    process.readiness.add("catalogue", lambda: _problem(releases.current, clock))
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, releases.close)
+        breakers = {name: _breaker(name, serving, clock) for name in DEPENDENCIES}
+        store = UserStore(settings.redis, settings.features.project)
+        stack.push_async_callback(store.close)
+        candidate = CandidateClient(serving.candidate_target, breakers["candidate"])
+        ranker = RankerClient(serving.ranker_target, breakers["ranker"])
+        for client in (candidate, ranker):
+            client.connect()
+            stack.push_async_callback(client.close)
+        for_impressions = KafkaProducer(settings.kafka, linger_ms=_IMPRESSION_LINGER_MS)
+        for_events = KafkaProducer(settings.kafka, delivery_timeout_ms=_INGEST_DELIVERY_TIMEOUT_MS)
+        for producer in (for_impressions, for_events):
+            stack.push_async_callback(asyncio.to_thread, producer.close, 2)
+        impressions = KafkaImpressionLog(for_impressions, topics.impressions, serving.impression_queue_max)
+        filters = EligibilityFilter(serving.exclude_seen_kinds)
+        stages = Stages(
+            StoreHydrator(store, breakers["redis"], settings.features),
+            MergingRetriever(candidate, serving.num_candidates),
+            filters,
+            ServiceRanker(ranker),
+            BlendingReRanker(serving, settings.features),
+            TopSelector(settings.features),
+            impressions,
+        )
+        recommender = Recommender(_pipeline(stages, filters, serving, clock), releases, serving, clock)
+
+        server = GrpcServer(serving.host, serving.port, SERVICES)
+        answering = RecommenderService(recommender, breakers, serving, clock, process.stopping)
+        add_RecommenderServiceServicer_to_server(answering, server.aio)
+        identities = TopicIdentities(settings.kafka, (topics.events, topics.feedback))
+        taking_in = IngestService(for_events, identities, topics, releases, breakers["kafka"], clock)
+        add_IngestServiceServicer_to_server(taking_in, server.aio)
+        for background in (releases.keep_fresh(), impressions.run()):
+            task = asyncio.create_task(background)
+            task.add_done_callback(lambda done: _stop_if_broken(done, process))
+            stack.push_async_callback(_cancel, task)
+        await _warm_up(recommender, releases.current, clock)
+        await server.start()
+        stack.push_async_callback(server.stop)
+        await server.set_serving(True)
+        yield server
+
+
+def _pipeline(stages: Stages, filters: EligibilityFilter, settings: ServingSettings, clock: Clock) -> Pipeline:
+    last_good = LastGood(settings.last_good_users, settings.last_good_max_age_seconds, clock)
+    return Pipeline(stages, Ladder(settings, filters, last_good), last_good, settings.ladder, clock)
+
+
+def _breaker(name: str, settings: ServingSettings, clock: Clock) -> CircuitBreaker:
+    return CircuitBreaker(name, settings.breaker_failures, settings.breaker_open_ms, clock, _tell)
+
+
+def _tell(dependency: str, state: str, why: str) -> None:
+    metrics.breaker_open.labels(dependency).set(state != CLOSED)
+    say = _log.info if state == CLOSED else _log.warning
+    say(f"breaker {state}", dependency=dependency, why=why)
+
+
+def _problem(release: Release, clock: Clock) -> str | None:
+    if release.catalog.servable(clock.now_ms()).any():
+        return None
+    return f"no item of bundle {release.version} may be recommended now; are all expired or unavailable?"
+
+
+async def _warm_up(recommender: Recommender, release: Release, clock: Clock) -> None:
+    """Runs all stages a few times, then takes what has been built out of the collector's sight."""
+    item_id = release.catalog.item_ids[int(release.popular.everybody().rows[0])]
+    click = Event(event_id="warm-up", user_id="warm-up", item_id=item_id, kind="click")
+    click.event_time.CopyFrom(from_ms(clock.now_ms()))
+    for _ in range(_WARM_UPS):
+        await recommender.warm_up(RecommendRequest(user_id="warm-up", session_events=[click], dry_run=True))
+    freeze_heap()
+
+
+def _stop_if_broken(task: asyncio.Task[None], process: Process) -> None:
+    """A background task that ends by itself is a bug; better restarted than half alive."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("a background task failed, stopping", error=repr(error))
+        process.stopping.set()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task

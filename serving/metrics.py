@@ -1,0 +1,17 @@
+"""Metrics of the front door.
+
+Written by the service from each request's trace. Invariant: labels have few values (stages, tiers, reasons), never ids.
+"""
+
+from core.telemetry import counter, gauge, histogram_ms
+
+answer_ms = histogram_ms("serving", "answer_ms", "Time of an answer, from the handler's start.", ("tier",))
+stage_ms = histogram_ms("serving", "stage_ms", "Time of a stage.", ("stage",))
+removed_candidates = counter("serving", "removed_candidates", "Candidates that a stage took out.", ("stage",))
+answers = counter("serving", "answers", "Answers by the rung that they came from.", ("tier",))
+degraded = counter("serving", "degraded", "Answers that were not what they would be on a good day.", ("reason",))
+unexpected_errors = counter("serving", "unexpected_errors", "Bugs that an answer from a lower rung covered up.")
+impressions_dropped = counter("serving", "impressions_dropped", "Impression lists that did not reach Kafka.")
+malformed = counter("serving", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))
+ingested = counter("serving", "ingested", "Events taken in by IngestService.", ("result",))
+breaker_open = gauge("serving", "breaker_open", "1 while a dependency is left alone.", ("dependency",))

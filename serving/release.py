@@ -1,0 +1,178 @@
+"""One release as serving holds it: manifest, catalogue, popularity, weights and rules; kept fresh, swapped whole.
+
+Loaded at start from the registry's current bundle, then again whenever CURRENT moves. Invariant: a request reads one
+release from beginning to end; a bundle that does not load leaves the one that serves in place.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core import bundle as bundles
+from core.bundle import Manifest, ReleaseBundle
+from core.codec import check_item, decode
+from core.errors import ArtifactError, MalformedEventError
+from core.kafka import Record, TopicFollower
+from core.settings import Settings
+from core.telemetry import get_logger
+from core.topics import Topics
+from features.catalog import Catalog
+from headrace.v1.events_pb2 import Item, ItemStats
+from serving.popular import PopularLists
+from serving.rerank.rules import Rules
+
+_log = get_logger("release")
+_REFRESH_SECONDS = 1.0
+# A new release waits so long for the catalogue's topics before it serves with what it has.
+_CATCH_UP_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What a request is answered from."""
+
+    manifest: Manifest
+    catalog: Catalog
+    popular: PopularLists
+    blend_weights: dict[str, float]
+    rules: Rules
+
+    @property
+    def version(self) -> str:
+        return self.manifest.bundle_version
+
+
+def load_release(bundle: ReleaseBundle, settings: Settings) -> Release:
+    """Reads serving's part of a bundle.
+
+    Raises:
+        ArtifactError: a part is missing or broken, or nothing in it may be recommended.
+    """
+    catalog = Catalog(settings.features)
+    for item in bundle.items():
+        catalog.upsert(item)
+    if not len(catalog):
+        raise ArtifactError(f"bundle {bundle.version} has no items; import some and train again")
+    if bundle.has(bundles.ITEM_STATS):
+        for stats in bundle.item_stats():
+            catalog.put_stats(stats)
+    popular = PopularLists(catalog, bundle.json(bundles.POPULARITY))
+    weights = dict(settings.serving.blend_weights)
+    if bundle.has(bundles.BLEND):
+        weights = _weights(bundle)
+    rules = Rules.parse(bundle.json(bundles.RULES)) if bundle.has(bundles.RULES) else Rules()
+    return Release(bundle.manifest, catalog, popular, weights, rules)
+
+
+def _weights(bundle: ReleaseBundle) -> dict[str, float]:
+    try:
+        weights = {str(name): float(weight) for name, weight in bundle.json(bundles.BLEND)["weights"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"bundle {bundle.version}: blend weights are broken ({error!r}); train again") from error
+    if not all(0 <= weight < 1e6 for weight in weights.values()):
+        raise ArtifactError(f"bundle {bundle.version}: blend weights must be numbers from 0 up; train again")
+    return weights
+
+
+class CatalogFeed:
+    """Keeps a release's catalogue fresh from the compacted topics, on a thread of its own."""
+
+    def __init__(self, release: Release, settings: Settings, malformed: Callable[[str], None]) -> None:
+        self._catalog = release.catalog
+        self._topics = Topics(settings.kafka.topic_prefix)
+        self._malformed = malformed
+        manifest = release.manifest
+        offsets: dict[tuple[str, int], int] = {}
+        if manifest.log_id == settings.kafka.log_id:
+            for where, offset in manifest.follow_offsets.items():
+                topic, _, partition = where.rpartition("/")
+                offsets[(topic, int(partition))] = offset
+        followed = (self._topics.items, self._topics.item_stats)
+        self._follower = TopicFollower(settings.kafka, followed, self._apply, offsets)
+
+    def start(self) -> None:
+        self._follower.start()
+
+    def stop(self) -> None:
+        self._follower.stop()
+
+    def caught_up(self, timeout_seconds: float) -> bool:
+        return self._follower.caught_up.wait(timeout_seconds)
+
+    def _apply(self, records: list[Record]) -> None:
+        for record in records:
+            try:
+                self._apply_one(record)
+            except MalformedEventError as error:
+                self._malformed(record.topic)
+                _log.warning("left out", topic=record.topic, offset=record.offset, problem=str(error))
+
+    def _apply_one(self, record: Record) -> None:
+        if record.topic == self._topics.items:
+            if record.value is None:
+                self._catalog.remove(record.key.decode("utf-8", "replace"))
+                return
+            item = decode(Item(), record.value, record.headers)
+            check_item(item)
+            self._catalog.upsert(item)
+        elif record.value is not None:
+            stats = decode(ItemStats(), record.value, record.headers)
+            if stats.item_id:
+                self._catalog.put_stats(stats)
+
+
+class Releases:
+    """The release that serves, and its successors."""
+
+    def __init__(self, settings: Settings, malformed: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._malformed = malformed
+        self._refused = ""
+        self._release, self._feed = self._open()
+        self._feed.start()
+
+    @property
+    def current(self) -> Release:
+        return self._release
+
+    def _open(self) -> tuple[Release, CatalogFeed]:
+        release = load_release(bundles.open_current(self._settings.registry.path), self._settings)
+        return release, CatalogFeed(release, self._settings, self._malformed)
+
+    async def keep_fresh(self) -> None:
+        """Refreshes the popular lists with the catalogue and swaps releases, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._refresh())
+            group.create_task(self._watch())
+
+    def close(self) -> None:
+        self._feed.stop()
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(_REFRESH_SECONDS)
+            await asyncio.to_thread(self._release.popular.refresh)
+
+    async def _watch(self) -> None:
+        registry = self._settings.registry
+        while True:
+            await asyncio.sleep(registry.watch_interval_ms / 1000)
+            try:
+                version = await asyncio.to_thread(bundles.current_version, registry.path)
+                if version not in (self._release.version, self._refused):
+                    await asyncio.to_thread(self._swap)
+            except ArtifactError as error:
+                _log.warning("the new release is refused, the old one serves on", problem=str(error))
+                self._refused = version
+
+    def _swap(self) -> None:
+        release, feed = self._open()
+        feed.start()
+        # Statistics since the bundle: without them popularity would fall back to the bundle's for a moment.
+        if not feed.caught_up(_CATCH_UP_SECONDS):
+            _log.warning("the new release serves before it has caught up", version=release.version)
+        release.popular.refresh()
+        old, self._feed = self._feed, feed
+        self._release = release
+        old.stop()
+        _log.info("new release", version=release.version, items=len(release.catalog))

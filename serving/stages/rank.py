@@ -1,0 +1,68 @@
+"""Rank: the ranker service scores the candidates.
+
+Fourth stage. Invariant: without an answer in time the candidates go on unscored, and the trace says why.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from core.codec import from_ms
+from core.errors import StageError
+from headrace.v1.ranker_service_pb2 import RankCandidatesResponse, UserCandidates
+from serving.clients import RankerClient
+from serving.query import Candidates, Query, Staged, UserFeatures
+from serving.trace import Removed
+
+
+class Ranker(Protocol):
+    """Scores candidates."""
+
+    async def rank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Staged:
+        """Never fails: without scores the candidates come back as they are."""
+        ...
+
+
+class ServiceRanker:
+    """Asks the ranker service."""
+
+    def __init__(self, client: RankerClient) -> None:
+        self._client = client
+
+    async def rank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Staged:
+        try:
+            response = await self._client.score(_question(query, user, candidates), query.budget)
+        except StageError as error:
+            query.trace.blame(error)
+            return Staged(candidates)
+        query.trace.model_version = response.model_version
+        query.trace.bundle_versions.add(response.bundle_version)
+        return _scored(query, candidates, response)
+
+
+def _question(query: Query, user: UserFeatures, candidates: Candidates) -> UserCandidates:
+    item_ids = query.release.catalog.item_ids
+    return UserCandidates(
+        user_id=user.user_id,
+        state=user.state_bytes,
+        embedding=user.vector,
+        item_ids=[item_ids[row] for row in candidates.rows.tolist()],
+        scores=candidates.retrieval.tolist(),
+        source_bits=candidates.source_bits.tolist(),
+        context=query.request.context,
+        request_time=from_ms(query.now_ms),
+    )
+
+
+def _scored(query: Query, candidates: Candidates, response: RankCandidatesResponse) -> Staged:
+    ranked = response.users[0]
+    scored = candidates.with_ranked(np.array(ranked.scores, np.float32))
+    request = query.request
+    if not request.HasField("min_score") or len(ranked.click_scores) != len(candidates):
+        return Staged(scored)
+    clicks = np.array(ranked.click_scores, np.float32)
+    weak = clicks < request.min_score
+    if not weak.any():
+        return Staged(scored)
+    removed = Removed("scores lower than min_score", candidates.rows[weak], scores=clicks[weak])
+    return Staged(scored.take(~weak), (removed,))

@@ -1,0 +1,143 @@
+"""Re-rank: the ranker's scores, batch scores and fresh signals become one order.
+
+Fifth stage; the arithmetic is in `serving.rerank`. Invariant: every item's contributions add up to its score, equal
+inputs give equal orders whatever the order they came in, and pins hold.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from core.settings import FeaturesSettings, ServingSettings
+from features.catalog import Catalog, Floats, Rows
+from features.transforms import stable_hash
+from features.vectors import affinity_of, popularity_at
+from features.windows import UserState
+from headrace.v1 import types_pb2 as types
+from serving.query import SOURCE_BIT, Candidates, Query, Ranking, UserFeatures
+from serving.rerank.blend import blend
+from serving.rerank.diversity import category_vectors, diversify
+from serving.rerank.exploration import explore
+from serving.rerank.rules import place_pins
+
+_DAY_MS = 86_400_000
+
+
+class ReRanker(Protocol):
+    """Puts candidates into their final order."""
+
+    def rerank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Ranking: ...
+
+
+class BlendingReRanker:
+    """Blend, rules, diversity, pins, exploration, in this order."""
+
+    def __init__(self, settings: ServingSettings, features: FeaturesSettings) -> None:
+        self._settings = settings
+        self._features = features
+
+    def rerank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Ranking:
+        release = query.release
+        item_ids = release.catalog.item_ids
+        # By item_id first: from here on the earlier index wins a tie.
+        ids = [item_ids[row] for row in candidates.rows.tolist()]
+        by_id = sorted(range(len(ids)), key=ids.__getitem__)
+        candidates, ids = candidates.take(np.array(by_id, np.intp)), [ids[index] for index in by_id]
+
+        blended = blend(self._parts(query, user, candidates), release.blend_weights)
+        parts, contributions, relevance = list(blended.parts), blended.contributions, blended.scores
+        shifts = self._shifts(query, user, candidates, ids)
+        if shifts is not None:
+            parts.append("rules")
+            contributions, relevance = np.vstack((contributions, shifts)), relevance + shifts
+
+        diversity = self._settings.diversity
+        vectors = category_vectors(release.catalog.column("categories")[candidates.rows])
+        order, penalties = diversify(relevance, vectors, diversity, query.num_items)
+        parts.append("diversity")
+        contributions = np.vstack(((1 - diversity) * contributions, -penalties))
+
+        order, pinned = self._pin(query, user, candidates, order)
+        explored = explore(order, query.num_items, _new(candidates), self._rate(query), pinned, _draw(query))
+        order = explored.order
+        contributions = contributions[:, order]
+        return Ranking(
+            candidates.take(order),
+            contributions.sum(axis=0),
+            types.SERVING_TIER_RERANKED_BATCH if candidates.ranked is None else types.SERVING_TIER_RANKED,
+            explored.propensities,
+            tuple(parts),
+            contributions,
+            frozenset(int(candidates.rows[order[place]]) for place in pinned),
+        )
+
+    def _parts(self, query: Query, user: UserFeatures, candidates: Candidates) -> dict[str, npt.NDArray[np.floating]]:
+        """The raw score parts, by the names of the blend weights."""
+        parts: dict[str, npt.NDArray[np.floating]] = {}
+        if candidates.ranked is not None:
+            parts["ranker"] = candidates.ranked
+        parts["batch"] = candidates.batch
+        parts["retrieval"] = candidates.fused
+        catalog, now_ms = query.release.catalog, query.now_ms
+        parts["affinity"] = affinity(user.state, catalog, candidates.rows, now_ms, self._features)
+        parts["trending"] = trending_lift(catalog, candidates.rows, now_ms, self._features)
+        parts["recency"] = recency(catalog, candidates.rows, now_ms)
+        return parts
+
+    def _shifts(
+        self, query: Query, user: UserFeatures, candidates: Candidates, ids: list[str]
+    ) -> npt.NDArray[np.float64] | None:
+        items, rows = query.release.catalog.items, candidates.rows
+        return query.release.rules.shifts(
+            query.surface, user.segment, ids, lambda index: list(items[rows[index]].categories)
+        )
+
+    def _pin(
+        self, query: Query, user: UserFeatures, candidates: Candidates, order: npt.NDArray[np.intp]
+    ) -> tuple[npt.NDArray[np.intp], frozenset[int]]:
+        """The order with the pins in place, and the places that they fill."""
+        catalog = query.release.catalog
+        index_of = {int(row): index for index, row in enumerate(candidates.rows)}
+        wanted = [
+            (index_of[row], min(pin.position, len(order) - 1))
+            for pin in query.release.rules.pins(query.surface, user.segment)
+            if (row := catalog.row(pin.item_id)) in index_of
+        ]
+        if not wanted:
+            return order, frozenset()
+        return place_pins(order, wanted), frozenset(position for _, position in wanted)
+
+    def _rate(self, query: Query) -> float:
+        return 0.0 if query.request.disable_exploration else self._settings.exploration_rate
+
+
+def affinity(state: UserState, catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:
+    """The user's liking of each item's categories, this session's and the long one together. Shape [C]."""
+    buckets = catalog.column("buckets")[rows]
+    short = affinity_of(state, buckets, 0, now_ms, settings)
+    return short + affinity_of(state, buckets, -1, now_ms, settings)
+
+
+def trending_lift(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:
+    """How much more an item is liked now than usually, as a difference of logarithms. Shape [C]."""
+    logs = np.log1p(popularity_at(catalog, rows, now_ms, settings))
+    lift: Floats = logs[:, 0] - logs[:, -1]
+    return lift
+
+
+def recency(catalog: Catalog, rows: Rows, now_ms: int) -> Floats:
+    """Newer is higher; an item without a publish time counts as the oldest. Shape [C]."""
+    publish_ms = catalog.column("publish_ms")[rows]
+    age_days = np.maximum(now_ms - publish_ms, 0) / _DAY_MS
+    fresh: Floats = np.where(publish_ms > 0, 1 / (1 + age_days), 0.0).astype(np.float32)
+    return fresh
+
+
+def _new(candidates: Candidates) -> npt.NDArray[np.intp]:
+    return np.flatnonzero(candidates.source_bits & SOURCE_BIT["new"])
+
+
+def _draw(query: Query) -> float:
+    """Uniform in 0..1, and the same again when this answer is rebuilt."""
+    return stable_hash(query.recommendation_id) / 2.0**64

@@ -1,0 +1,155 @@
+"""Retrieve: candidates from the candidate service and the user's batch scores, merged.
+
+Second stage. Invariant: each item comes once, with every source that proposed it; a source that is away is left out
+and named, never waited for past the stage's budget.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from core.errors import StageError
+from features.catalog import Catalog
+from headrace.v1 import types_pb2 as types
+from headrace.v1.candidate_service_pb2 import RetrieveCandidatesRequest, RetrieveCandidatesResponse
+from headrace.v1.types_pb2 import ItemFilter
+from serving.clients import CandidateClient
+from serving.query import SOURCE_BIT, Candidates, Query, Staged, UserFeatures
+from serving.trace import Drop, Removed
+
+# Reciprocal rank fusion: an item's score is the sum over its sources of 1 / (60 + rank), which needs no common
+# scale of the sources' scores. Source: Cormack, Clarke and Buettcher, SIGIR 2009, who also give the 60.
+_FUSION = 60.0
+
+
+class Retriever(Protocol):
+    """Finds candidates."""
+
+    async def retrieve(self, query: Query, user: UserFeatures) -> Staged:
+        """Never fails: what could not be asked is missing, and the trace says why."""
+        ...
+
+
+class MergingRetriever:
+    """Asks the candidate service and adds the batch scores of the user's row."""
+
+    def __init__(self, client: CandidateClient, num_candidates: int) -> None:
+        self._client = client
+        self._num_candidates = num_candidates
+
+    async def retrieve(self, query: Query, user: UserFeatures) -> Staged:
+        merged = _Merger(query.release.catalog)
+        try:
+            response = await self._client.retrieve(self._request(query, user), query.budget)
+        except StageError as error:
+            query.trace.blame(error)
+        else:
+            _note(query, response)
+            merged.add_response(response)
+        merged.add_batch(user)
+        pins = query.release.rules.pins(query.surface, user.segment)
+        merged.add_rows([query.release.catalog.row(pin.item_id) for pin in pins])
+        return _capped(merged.candidates(), self._num_candidates + len(pins))
+
+    def _request(self, query: Query, user: UserFeatures) -> RetrieveCandidatesRequest:
+        return RetrieveCandidatesRequest(
+            user_id=user.user_id,
+            embedding=user.vector,
+            embedding_version=user.embedding_version,
+            embedding_revision=user.embedding_revision,
+            state=user.state_bytes,
+            num_candidates=self._num_candidates,
+            filter=_worth_sending(query.request.filter),
+            context=query.request.context,
+            segment=user.segment,
+            probe_item_ids=[query.probe_item_id] if query.probe_item_id else [],
+        )
+
+
+class _Merger:
+    """Candidates by catalogue row, in the order of their first source."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._at: dict[int, int] = {}
+        self._retrieval: list[float] = []
+        self._fused: list[float] = []
+        self._batch: list[float] = []
+        self._bits: list[int] = []
+
+    def add_response(self, response: RetrieveCandidatesResponse) -> None:
+        row_of = self._catalog.row
+        for candidate in response.candidates:
+            row = row_of(candidate.item_id)
+            if row < 0:
+                continue  # upserted a moment ago, not here yet: it has no title and no known availability
+            at = self._place(row)
+            self._retrieval[at] = candidate.score
+            for proposal in candidate.provenance:
+                self._bits[at] |= SOURCE_BIT.get(proposal.source, 0)
+                self._fused[at] += 1.0 / (_FUSION + proposal.rank)
+
+    def add_batch(self, user: UserFeatures) -> None:
+        for rank, (item_id, score) in enumerate(zip(user.batch_item_ids, user.batch_scores, strict=False)):
+            row = self._catalog.row(item_id)
+            if row >= 0:
+                at = self._place(row)
+                self._batch[at] = score
+                self._bits[at] |= SOURCE_BIT["batch"]
+                self._fused[at] += 1.0 / (_FUSION + rank)
+
+    def add_rows(self, rows: list[int]) -> None:
+        for row in rows:
+            if row >= 0:
+                self._place(row)
+
+    def candidates(self) -> Candidates:
+        return Candidates(
+            np.fromiter(self._at, np.int32, len(self._at)),
+            np.array(self._retrieval, np.float32),
+            np.array(self._fused, np.float32),
+            np.array(self._batch, np.float32),
+            np.array(self._bits, np.int32),
+        )
+
+    def _place(self, row: int) -> int:
+        at = self._at.get(row)
+        if at is None:
+            at = self._at[row] = len(self._at)
+            self._retrieval.append(0.0)
+            self._fused.append(0.0)
+            self._batch.append(0.0)
+            self._bits.append(0)
+        return at
+
+
+def _capped(candidates: Candidates, limit: int) -> Staged:
+    """The candidates that may go on to the ranker: those on which the sources agree most."""
+    if len(candidates) <= limit:
+        return Staged(candidates)
+    # Pins have no source and stay.
+    order = np.argsort(-np.where(candidates.source_bits == 0, np.inf, candidates.fused), kind="stable")
+    kept, dropped = np.sort(order[:limit]), order[limit:]
+    ranks = np.arange(limit, len(candidates), dtype=np.int32)
+    reason = f"beyond the {limit} best retrieved"
+    removed = Removed(reason, candidates.rows[dropped], ranks, candidates.fused[dropped])
+    return Staged(candidates.take(kept), (removed,))
+
+
+def _worth_sending(item_filter: ItemFilter) -> ItemFilter | None:
+    return item_filter if item_filter.ByteSize() else None
+
+
+def _note(query: Query, response: RetrieveCandidatesResponse) -> None:
+    trace = query.trace
+    trace.index_version = response.index_version
+    trace.embedding_version = response.embedding_version
+    trace.bundle_versions.add(response.bundle_version)
+    if response.missing_sources:
+        trace.degrade(types.DEGRADED_REASON_FEW_CANDIDATES)
+    for probe in response.probes:
+        if probe.item_id == query.probe_item_id:
+            reason = probe.decided_by or ("not retrieved" if probe.known else "the index does not know it")
+            rank = probe.exact_rank if probe.HasField("exact_rank") else None
+            score = probe.exact_score if probe.HasField("exact_score") else None
+            trace.probe = Drop("retrieve", reason, rank, score)
