@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -89,10 +90,9 @@ def _load_100k(folder: Path) -> _Parts:
 def _load_csv(folder: Path) -> _Parts:
     ratings = read_columns(folder / "ratings.csv", ("userId", "movieId", "rating", "timestamp"), ",", header=True)
     films = read_columns(folder / "movies.csv", ("movieId", "title", "genres"), ",", header=True)
-    ratings = Columns(ratings.path, ratings.lines, _renamed(ratings, userId="user", movieId="item"))
-    films = Columns(films.path, films.lines, _renamed(films, movieId="item"))
-    items = _items(films, [_genres(text) for text in films["genres"]])
-    return _rated(ratings, items, ratings.numbers("timestamp") * 1000, "ml"), items, None, ()
+    items = _items(films, [_genres(text) for text in films["genres"]], key="movieId")
+    times = ratings.numbers("timestamp") * 1000
+    return _rated(ratings, items, times, "ml", keys=("userId", "movieId")), items, None, ()
 
 
 def _load_1m(folder: Path) -> _Parts:
@@ -105,11 +105,10 @@ def _load_1m_ordered(folder: Path) -> _Parts:
     ratings = read_columns(
         folder / "ratings_ordered.csv.gz", ("user_id", "movie_id", "rating", "pos"), ",", header=True
     )
-    ratings = Columns(ratings.path, ratings.lines, _renamed(ratings, user_id="user", movie_id="item"))
     items, users = _films_and_people_1m(folder)
     times = _ORDER_START_MS + ratings.numbers("pos") * _ORDER_STEP_MS
     note = "times are made from each user's order (all users start together): split by user, not by time"
-    return _rated(ratings, items, times, "ml-1m"), items, users, (note,)
+    return _rated(ratings, items, times, "ml-1m", keys=("user_id", "movie_id")), items, users, (note,)
 
 
 def _films_and_people_1m(folder: Path) -> tuple[pa.Table, pa.Table | None]:
@@ -134,10 +133,16 @@ _VARIANTS: dict[str, tuple[str, Callable[[Path], _Parts]]] = {
 }
 
 
-def _rated(ratings: Columns, items: pa.Table, times_ms: np.ndarray, prefix: str) -> pa.Table:
+def _rated(
+    ratings: Columns,
+    items: pa.Table,
+    times_ms: npt.NDArray[np.float64],
+    prefix: str,
+    keys: tuple[str, str] = ("user", "item"),
+) -> pa.Table:
     """One event per rating, in time order."""
     order = np.argsort(times_ms, kind="stable")
-    users, films = (np.array(ratings.ids(name))[order] for name in ("user", "item"))
+    users, films = (np.array(ratings.ids(name))[order] for name in keys)
     item_ids = pa.array(films, pa.string())
     return from_columns(
         EVENTS,
@@ -153,10 +158,12 @@ def _rated(ratings: Columns, items: pa.Table, times_ms: np.ndarray, prefix: str)
     )
 
 
-def _items(films: Columns, genres: list[list[str]], labels: list[dict[str, str]] | None = None) -> pa.Table:
+def _items(
+    films: Columns, genres: list[list[str]], labels: list[dict[str, str]] | None = None, key: str = "item"
+) -> pa.Table:
     years = [_YEAR.search(title) for title in films["title"]]
     columns = {
-        "item_id": films.ids("item"),
+        "item_id": films.ids(key),
         "title": films["title"],
         "year": [int(year[1]) if year else None for year in years],
         "categories": genres,
@@ -167,7 +174,7 @@ def _items(films: Columns, genres: list[list[str]], labels: list[dict[str, str]]
 
 
 def _users(
-    people: Columns, occupations: list[str], ages: np.ndarray, numbers: list[dict[str, float]] | None
+    people: Columns, occupations: list[str], ages: npt.NDArray[np.float64], numbers: list[dict[str, float]] | None
 ) -> pa.Table:
     groups = [next(name for least, name in reversed(_AGES) if age >= least) if age >= 1 else "" for age in ages]
     columns = {
@@ -187,7 +194,3 @@ def _users(
 
 def _genres(text: str) -> list[str]:
     return [genre for genre in text.split("|") if genre and genre != "(no genres listed)"]
-
-
-def _renamed(columns: Columns, **names: str) -> dict[str, list[str]]:
-    return {names.get(name, name): values for name, values in columns.columns.items()}
