@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from headrace.v1.events_pb2 import Item, ItemStats
 
 from core.errors import ArtifactError, ConfigError
+from headrace.v1.events_pb2 import Item, ItemStats
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -40,6 +40,7 @@ CALIBRATION = "calibration.json"
 BLEND = "blend.json"
 POPULARITY = "popularity.json"
 RULES = "rules.json"
+BATCH_SCORES = "batch_scores.parquet"  # user_id, item_ids, scores: written to the online store, not served from here
 
 
 @dataclass(frozen=True)
