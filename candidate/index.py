@@ -163,15 +163,18 @@ class ItemIndex:
         built = _build(vectors, rows, self._exact_max_items, before.info.embedding_version)
         with self._writing:
             touched, self._touched = self._touched, None
-            late_rows = [row for row in touched if row in self._delta_at]
-            late_vectors = self._state.delta_vectors[[self._delta_at[row] for row in late_rows]]
-            self._state = built
-            self._main_at = {int(row): at for at, row in enumerate(built.main_rows)}
-            self._delta_at = {}
-            self._forget(dict.fromkeys(touched, 0))
-            # One swap more, still before any search that began after this call can miss a late write for long.
-            self._state = replace(self._state, delta_rows=np.array(late_rows, np.int64), delta_vectors=late_vectors)
-            self._delta_at = {row: at for at, row in enumerate(late_rows)}
+            main_at = {int(row): at for at, row in enumerate(built.main_rows)}
+            late = [row for row in touched if row in self._delta_at]
+            late_vectors = self._state.delta_vectors[[self._delta_at[row] for row in late]]
+            alive = built.alive
+            alive[[main_at[row] for row in touched if row in main_at]] = False
+            self._main_at, self._delta_at = main_at, {row: at for at, row in enumerate(late)}
+            self._state = replace(
+                built,
+                dead=len(alive) - int(alive.sum()),
+                delta_rows=np.array(late, np.int64),
+                delta_vectors=late_vectors,
+            )
 
     def save(self, path: Path) -> None:
         """Writes the live items (delta merged) as `path`, with their rows and facts in `path` + `.json`."""

@@ -37,9 +37,9 @@ from offline.training.interactions import Held, hold_out, load_steps
 _log = get_logger("training")
 
 CURVE = "towers_curve.json"
-# Up to this many trained items the softmax is over all of them.
-FULL_SOFTMAX_ITEMS = 20_000
-SAMPLED_NEGATIVES = 4096
+# Up to this many trained items the softmax is over all of them: on a CPU that product is most of a step.
+FULL_SOFTMAX_ITEMS = {"cpu": 4_000, "cuda": 50_000}
+SAMPLED_NEGATIVES = 1024
 # Share of items that go without their id in a step: the content must be able to stand alone.
 ID_DROPOUT = 0.15
 # Words of fewer items are left out: they would be a second id.
@@ -208,7 +208,7 @@ class _Trainer:
         at = np.flatnonzero(np.arange(targets.shape[1]) < inputs.lengths[:, None])
         ids = self._id_of[inputs.rows]
         kinds, gaps, weights = self._to(inputs.kinds, inputs.gaps, inputs.weights)
-        if len(self._trained) <= FULL_SOFTMAX_ITEMS:
+        if len(self._trained) <= FULL_SOFTMAX_ITEMS[self._device]:
             vectors = self._item_vectors(None, rng)
             users = self._users(vectors, ids, kinds, gaps, weights, at)
             logits = users @ vectors.T * self.towers.scale()

@@ -1,0 +1,98 @@
+"""Wires the candidate service: bundle, feed, sources, executor, gRPC.
+
+Invariant: ready means the bundle is loaded and warm and the item topics are caught up with, or Kafka is away and that
+was said once.
+"""
+
+import asyncio
+import contextlib
+
+import faiss
+import torch
+
+from candidate.executor import Job, WorkExecutor
+from candidate.feed import Snapshots
+from candidate.retriever import Retriever
+from candidate.service import CandidateService
+from candidate.snapshot import Snapshot
+from candidate.sources import AnnSource, CandidateSource, ItemToItemSource, NewSource, TrendingSource
+from core.clock import SystemClock
+from core.deadline import Deadline
+from core.grpc_runtime import GrpcServer
+from core.process import Process, freeze_heap
+from core.settings import Settings
+from core.telemetry import get_logger
+from features import windows
+from features.transforms import stable_hash
+from features.windows import UserEvent, UserState
+from headrace.v1.candidate_service_pb2 import RetrieveCandidatesRequest
+from headrace.v1.candidate_service_pb2_grpc import add_CandidateServiceServicer_to_server
+
+_log = get_logger("candidate")
+
+SERVICE = "headrace.v1.CandidateService"
+# Kafka may be away for hours; the bundle is enough to answer from.
+CATCH_UP_SECONDS = 10.0
+_WARM_UP_ROUNDS, _WARM_UP_ITEMS, _WARM_UP_MS = 20, 20, 60_000
+
+
+async def serve(settings: Settings, process: Process) -> None:
+    """Runs until the process is told to stop."""
+    own = settings.candidate
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    is_ready = False
+    process.readiness.add("snapshot", lambda: None if is_ready else "loading the bundle and the item topics")
+    process.open_admin(own.host, own.admin_port)
+    snapshots = await asyncio.to_thread(Snapshots, settings)
+    executor = WorkExecutor(own.worker_threads, own.queue_max)
+    retriever = Retriever(settings, make_sources(), SystemClock())
+    server = GrpcServer(own.host, own.port, [SERVICE])
+    add_CandidateServiceServicer_to_server(CandidateService(snapshots, retriever, executor), server.aio)
+    watcher: asyncio.Task[None] | None = None
+    try:
+        await server.start()
+        snapshots.feed.start()
+        await asyncio.to_thread(warm_up, retriever, snapshots.current, settings)
+        await catch_up(snapshots, process)
+        freeze_heap()
+        watcher = asyncio.create_task(snapshots.watch())
+        is_ready = True
+        await server.set_serving(True)
+        _log.info("ready", bundle=snapshots.current.manifest.bundle_version, port=server.port)
+        await process.stopping.wait()
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+        await server.stop()
+        executor.close()
+        await asyncio.to_thread(snapshots.close)
+
+
+def make_sources() -> list[CandidateSource]:
+    """The sources, in the order in which they are asked."""
+    return [AnnSource(), ItemToItemSource(), TrendingSource(), NewSource()]
+
+
+async def catch_up(snapshots: Snapshots, process: Process) -> None:
+    """Waits for the item topics, but not for ever."""
+    end = Deadline.after_ms(CATCH_UP_SECONDS * 1000)
+    while not snapshots.feed.has_caught_up and not process.stopping.is_set():
+        if end.expired():
+            _log.warning("kafka is away: serving the bundle's items, news follow when it is back")
+            return
+        await asyncio.to_thread(snapshots.feed.wait, 0.05)
+
+
+def warm_up(retriever: Retriever, snapshot: Snapshot, settings: Settings) -> None:
+    """Answers some requests of a made-up user: libraries load, memory is there, caches are warm."""
+    state = UserState()
+    items = [item.item_id for item in snapshot.catalog.items[:_WARM_UP_ITEMS]]
+    for index, item_id in enumerate(items):
+        event = UserEvent("warm-up", stable_hash(f"warm-up {index}"), item_id, "click", 1_700_000_000_000 + index)
+        windows.apply(state, [event], settings.features)
+    request = RetrieveCandidatesRequest(user_id="warm-up", state=windows.encode(state), num_candidates=500)
+    for _ in range(_WARM_UP_ROUNDS):
+        retriever.retrieve(request, snapshot, Job(Deadline.after_ms(_WARM_UP_MS)))

@@ -1,0 +1,14 @@
+"""Metrics of the candidate service.
+
+Invariant: labels have few values (methods, sources, parts of the index), never ids.
+"""
+
+from core.telemetry import counter, gauge, histogram_ms
+
+request_ms = histogram_ms("candidate", "request_ms", "Time of a call, from the handler's start.", ("method",))
+refused = counter("candidate", "refused", "Calls that were refused or given up.", ("method", "reason"))
+source_ms = histogram_ms("candidate", "source_ms", "Time that a source took.", ("source",))
+encoded_users = counter("candidate", "encoded_users", "Users encoded.", ("method",))
+index_items = gauge("candidate", "index_items", "Vectors in the index.", ("part",))
+items_applied = counter("candidate", "items_applied", "Items learnt from the items topic.", ("change",))
+malformed = counter("candidate", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))

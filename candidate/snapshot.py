@@ -1,0 +1,156 @@
+"""One release as the candidate service holds it: towers, catalogue, vectors, index and attributes that agree.
+
+Loaded from a bundle, then kept fresh by one writer (candidate/feed.py). Invariant: a request reads one snapshot from
+beginning to end; towers, vectors and index of different embedding versions refuse to load; an item's vector is in the
+index exactly while the item is in the catalogue.
+"""
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from candidate import metrics
+from candidate.attributes import Attributes
+from candidate.encoder import UserEncoder, encode_items
+from candidate.index import ItemIndex
+from candidate.towers import Towers, load_towers
+from core.bundle import INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
+from core.errors import ArtifactError
+from core.settings import Settings
+from features.catalog import Catalog
+from headrace.v1.events_pb2 import Item, ItemStats
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+# What is servable is looked at again after this long: items are published and expire by the clock.
+_SERVABLE_MS = 100
+
+
+class Snapshot:
+    """What requests are answered from. Methods that change it are for one thread."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        towers: Towers,
+        catalog: Catalog,
+        vectors: Floats,
+        index: ItemIndex,
+        settings: Settings,
+    ) -> None:
+        self.manifest = manifest
+        self.embedding_version = towers.embedding_version
+        self.catalog = catalog
+        self.index = index
+        self.encoder = UserEncoder(towers, settings.features)
+        self.attributes = Attributes()
+        # By catalogue row, with room for more; zeros where an item has none.
+        self.vectors = vectors
+        # Goes up with each item that comes, changes or goes (not with statistics).
+        self.items_revision = 0
+        self._towers = towers
+        self._servable: tuple[int, int, Bools] = (-1, 0, np.zeros(0, np.bool_))
+        for row, item in enumerate(catalog.items):
+            self.attributes.put(row, item)
+        self.tell_sizes()
+
+    @property
+    def dimension(self) -> int:
+        return int(self.vectors.shape[1])
+
+    def servable(self, now_ms: int) -> Bools:
+        """Which rows may be recommended; not to be changed by the caller. [n]."""
+        revision, moment = self.items_revision, now_ms // _SERVABLE_MS
+        known = self._servable
+        if known[0] != revision or known[1] != moment:
+            known = (revision, moment, self.catalog.servable(now_ms))
+            self._servable = known
+        return known[2]
+
+    def put_item(self, item: Item) -> None:
+        """Adds or changes an item; searches that begin afterwards see it."""
+        row = self.catalog.row(item.item_id)
+        before = self.catalog.items[row] if row >= 0 else None
+        vector = encode_items(self._towers, [item])[0]
+        row = self.catalog.upsert(item)
+        if row >= len(self.vectors):
+            self.vectors = _with_room(self.vectors, 2 * row)
+        self.vectors[row] = vector
+        self.attributes.put(row, item, before)
+        self.index.upsert(row, vector)
+        self.items_revision += 1
+        metrics.items_applied.labels("upsert").inc()
+
+    def remove_item(self, item_id: str) -> None:
+        """Takes an item out; searches that begin afterwards do not see it."""
+        row = self.catalog.remove(item_id)
+        if row >= 0:
+            self.index.remove(row)
+            self.items_revision += 1
+            metrics.items_applied.labels("remove").inc()
+
+    def put_stats(self, stats: ItemStats) -> None:
+        self.catalog.put_stats(stats)
+
+    def rebuild_index_if_due(self) -> None:
+        """Merges the index's delta in the background when it has grown."""
+        if self.index.wants_rebuild():
+            threading.Thread(target=self.index.rebuild, name="index-rebuild", daemon=True).start()
+
+    def tell_sizes(self) -> None:
+        metrics.index_items.labels("main").set(self.index.main_count)
+        metrics.index_items.labels("delta").set(self.index.delta_count)
+        metrics.index_items.labels("tombstones").set(self.index.tombstone_count)
+
+
+def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
+    """Reads the candidate service's part of a bundle.
+
+    Raises:
+        ArtifactError: a part is missing, broken, or of another version than the others.
+    """
+    catalog = Catalog(settings.features)
+    for item in bundle.items():
+        catalog.upsert(item)
+    towers = load_towers(bundle.path)
+    vectors = read_item_vectors(bundle)
+    if vectors.shape != (len(catalog), towers.config.dimension):
+        raise ArtifactError(
+            f"bundle {bundle.version}: vectors {vectors.shape} do not fit {len(catalog)} items of dimension "
+            f"{towers.config.dimension}; run `headrace train`"
+        )
+    if bundle.has(ITEM_STATS):
+        for stats in bundle.item_stats():
+            catalog.put_stats(stats)
+    index = ItemIndex.load(bundle.file(INDEX))
+    version = towers.embedding_version
+    for part, theirs in (("manifest", bundle.manifest.embedding_version), ("index", index.info.embedding_version)):
+        if theirs != version:
+            raise ArtifactError(
+                f"bundle {bundle.version}: the {part} is of embedding version {theirs or '(none)'}, the towers are "
+                f"of {version}; run `headrace train`"
+            )
+    return Snapshot(
+        bundle.manifest, towers, catalog, _with_room(vectors, len(catalog.item_ids) + 1024), index, settings
+    )
+
+
+def read_item_vectors(bundle: ReleaseBundle) -> Floats:
+    """The item vectors [n, d]. Raises ArtifactError where they cannot be read or are no numbers."""
+    path = bundle.file(ITEM_VECTORS)
+    try:
+        vectors = load_file(path)["vectors"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); run `headrace train`") from error
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise ArtifactError(f"{path} does not hold vectors of finite numbers; run `headrace train`")
+    return vectors.astype(np.float32)
+
+
+def _with_room(vectors: Floats, capacity: int) -> Floats:
+    grown = np.zeros((max(capacity, len(vectors)), vectors.shape[1]), np.float32)
+    grown[: len(vectors)] = vectors
+    return grown

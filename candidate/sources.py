@@ -1,0 +1,207 @@
+"""Candidate sources: each brings some items for a user, with a score and in its own order; then they are merged.
+
+Called by the retriever. A new source is a class with `name` and `retrieve`, its name in features.vectors.SOURCES and
+a quota in the settings. Invariant: a source returns only rows that are allowed, each once, best first; the names, the
+scores and "best score wins" are those that the ranker was trained with.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from candidate.snapshot import Snapshot
+from features.vectors import SOURCES
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
+
+# Kept in order, for sources whose order is the same for all users.
+_ORDERED_ROWS = 4096
+# Popularity moves with every click; its order is looked at again after this long.
+_ORDER_AGE_MS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What the sources know of a request."""
+
+    # Unit vector [d]; None where no item of the user's history is known.
+    user_vector: Floats | None
+    # Rows of the newest distinct items of the history, newest first.
+    seeds: Rows
+    # By catalogue row. [n]
+    allowed: Bools
+    now_ms: int
+
+
+class Hits(NamedTuple):
+    """What a source brings, best first."""
+
+    rows: Rows
+    scores: Floats
+
+
+NOTHING = Hits(np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
+class CandidateSource(Protocol):
+    """Proposes candidates."""
+
+    @property
+    def name(self) -> str:
+        """One of features.vectors.SOURCES."""
+        ...
+
+    def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
+        """At most `quota` items."""
+        ...
+
+
+class AnnSource:
+    """Items whose vectors are nearest to the user's. Scores are cosines."""
+
+    name = "ann"
+
+    def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
+        if query.user_vector is None:
+            return NOTHING
+        rows, scores = snapshot.index.search(query.user_vector[None, :], quota, query.allowed)
+        return Hits(rows[0][rows[0] >= 0], scores[0][rows[0] >= 0])
+
+
+class ItemToItemSource:
+    """Items near one of the user's last items. The score is the cosine to the nearest of them."""
+
+    name = "item_to_item"
+
+    def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
+        vectors = snapshot.vectors[query.seeds]
+        vectors = vectors[vectors.any(axis=1)]
+        if not len(vectors):
+            return NOTHING
+        rows, scores = snapshot.index.search(vectors, quota, query.allowed)
+        return _best_of(rows.ravel(), scores.ravel(), quota)
+
+
+class TrendingSource:
+    """Items most engaged with lately (the shortest half-life). The score is relative to the first: 0..1."""
+
+    name = "trending"
+
+    def __init__(self) -> None:
+        self._order = _Order()
+
+    def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
+        # Decay takes the same share from every item, so the order by forward-decayed sums holds at any time.
+        popularity: Doubles = snapshot.catalog.column("log2_popularity")[:, 0]
+        key = (id(snapshot), snapshot.catalog.revision)
+        rows = self._order.take(key, query.now_ms, popularity, query.allowed, quota)
+        if not len(rows):
+            return NOTHING
+        values = popularity[rows]
+        return Hits(rows, np.exp2(values - values[0]).astype(np.float32))
+
+
+class NewSource:
+    """The items published last. Their score is 0: nothing is known of them yet."""
+
+    name = "new"
+
+    def __init__(self) -> None:
+        self._order = _Order()
+
+    def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
+        publish_ms = snapshot.catalog.column("publish_ms")
+        values = np.where(publish_ms > 0, publish_ms.astype(np.float64), -np.inf)
+        key = (id(snapshot), snapshot.items_revision)
+        rows = self._order.take(key, query.now_ms, values, query.allowed, quota)
+        return Hits(rows, np.zeros(len(rows), np.float32))
+
+
+class _Order:
+    """The first rows by some value that all users share, kept for a moment."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[int, int], int, Rows, bool] = ((0, -1), 0, NOTHING.rows, False)
+
+    def take(self, key: tuple[int, int], now_ms: int, values: Doubles, allowed: Bools, quota: int) -> Rows:
+        """The first `quota` allowed rows of finite value, highest first."""
+        kept = self._kept
+        stale = kept[0] != key and abs(now_ms - kept[1]) >= _ORDER_AGE_MS
+        if stale or kept[0][0] != key[0]:
+            rows = _highest(values, _ORDERED_ROWS)
+            kept = (key, now_ms, rows, len(rows) < _ORDERED_ROWS)
+            self._kept = kept
+        _, _, rows, is_all = kept
+        rows = rows[rows < len(allowed)]
+        chosen = rows[allowed[rows]][:quota]
+        if len(chosen) == quota or is_all:
+            return chosen
+        # A narrow filter: look at everything that passes.
+        count = min(len(values), len(allowed))
+        return _highest(np.where(allowed[:count], values[:count], -np.inf), quota)
+
+
+def _highest(values: Doubles, count: int) -> Rows:
+    rows = np.flatnonzero(values > -np.inf)
+    if len(rows) > count:
+        rows = rows[np.argpartition(-values[rows], count - 1)[:count]] if count else rows[:0]
+    ordered: Rows = rows[np.argsort(-values[rows], kind="stable")]
+    return ordered
+
+
+def _best_of(rows: Rows, scores: Floats, quota: int) -> Hits:
+    """Each row once, with its best score, best first."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[rows[order] >= 0]
+    _, first = np.unique(rows[order], return_index=True)
+    chosen = order[np.sort(first)][:quota]
+    return Hits(rows[chosen], scores[chosen])
+
+
+class Proposal(NamedTuple):
+    """One source's word for one item."""
+
+    source: str
+    score: float
+    rank: int
+
+
+class Merged(NamedTuple):
+    """A candidate: its best score, and every source that proposed it."""
+
+    row: int
+    score: float
+    proposals: tuple[Proposal, ...]
+
+
+def merge(hits: Mapping[str, Hits], quotas: Mapping[str, int], limit: int) -> list[Merged]:
+    """Merges what the sources brought, each item once, at most `limit` of them.
+
+    Sources take turns in proportion to their quotas: an item's turn is rank / quota at the source where that is least.
+    So where the limit is below the sum of the quotas, each source keeps about its share.
+    """
+    turns: dict[int, float] = {}
+    proposals: dict[int, list[Proposal]] = {}
+    for source in sorted(hits, key=SOURCES.index):
+        rows, scores = hits[source]
+        quota = max(1, quotas.get(source, 0))
+        for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
+            turn = rank / quota
+            turns[row] = min(turns.get(row, turn), turn)
+            proposals.setdefault(row, []).append(Proposal(source, score, rank))
+    ordered = sorted(turns, key=turns.__getitem__)[:limit]
+    return [Merged(row, max(part.score for part in proposals[row]), tuple(proposals[row])) for row in ordered]
+
+
+def scaled_quotas(quotas: Mapping[str, int], running: Sequence[str], wanted: int) -> dict[str, int]:
+    """The settings' quotas of the sources that can bring something, raised together until they can fill `wanted`."""
+    chosen = {name: quotas.get(name, 0) for name in running}
+    total = sum(chosen.values())
+    factor = max(1.0, wanted / total) if total else 1.0
+    return {name: min(wanted, round(quota * factor + 0.5) if quota else 0) for name, quota in chosen.items()}
