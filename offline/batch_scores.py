@@ -5,7 +5,10 @@ them when the ranker is away. Invariant: a file of a part appears whole, so an i
 part; scores are 0..1, best first, and never of items that the user has dealt with.
 """
 
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from core.bundle import BATCH_SCORES, open_current
 from core.errors import ArtifactError
+from core.settings import Settings
 from features.catalog import Catalog
 from features.definitions import USER_BATCH_SCORES
 from features.stores.layout import Cell
 from features.stores.online import OnlineStore, Write
 from features.windows import UserState, recent_items
+from offline.logs import log_fingerprint, open_log, with_new_items
 from offline.models import Models
+from offline.replay import Replay, read_entries
 from offline.reporting import Reporter
 
 SCHEMA = pa.schema(
@@ -63,7 +70,7 @@ def score_users(
         batch = [states[name] for name in names]
         seen = [catalog.rows(recent_items(state, excluded_kinds)) for state in batch]
         # Twice what is wanted leaves the ranker a choice.
-        pools = models.pools(batch, catalog, [moment] * len(batch), seen, 2 * wanted)
+        pools = models.pools(batch, catalog, moment, seen, 2 * wanted)
         scored = models.rank(batch, catalog, pools, now_ms)
         yield [
             _top(name, catalog, pool.rows, scores, wanted)
@@ -121,6 +128,54 @@ def store_batch_scores(rows: Iterator[BatchScore], version: str, store: OnlineSt
         store.write([_row_write(row, version) for row in batch])
         count += len(batch)
     return count
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What `score` wrote into the online store."""
+
+    bundle_version: str
+    users: int
+    watermark_ms: int
+    seconds: float
+
+
+def score(
+    log_root: str | Path, registry: Path, settings: Settings, *, device: str = "auto", progress: bool = True
+) -> ScoreSummary:
+    """Scores all users of a log anew with the current bundle and writes them into the online store.
+
+    Args:
+        log_root: folder or URL of the event log.
+        registry: where bundles live; finished parts of an interrupted run are kept in it.
+        settings: of features and candidates, and where Redis is.
+        device: where the ranker runs: auto, cpu or cuda.
+        progress: say on stderr what is going on.
+
+    Raises:
+        ConfigError, ArtifactError: no log or no bundle; says what to do.
+        StageError: Redis does not answer.
+    """
+    started = time.monotonic()
+    reporter = Reporter(shown=progress)
+    log = open_log(log_root)
+    bundle = open_current(registry)
+    work = registry / ".scoring" / f"{bundle.version}-{log_fingerprint(log)[:16]}"
+    replay = Replay(with_new_items(bundle.items(), log), settings.features)
+    replay.advance(read_entries(log))
+    models = Models.load(bundle.path, replay.catalog, settings, device)
+    target = work / BATCH_SCORES
+    reporter.say(f"scoring {len(replay.states):,} users with bundle {bundle.version}")
+    store = OnlineStore(settings.redis, settings.features.project)
+    try:
+        # Before the work, not after it.
+        store.ping()
+        write_batch_scores(models, replay.catalog, replay.states, replay.watermark_ms, work / "parts", target, reporter)
+        users = store_batch_scores(read_batch_scores(target), bundle.version, store)
+    finally:
+        store.close()
+    shutil.rmtree(work, ignore_errors=True)
+    return ScoreSummary(bundle.version, users, replay.watermark_ms, time.monotonic() - started)
 
 
 def in_batches(rows: Iterator[BatchScore], size: int) -> Iterator[list[BatchScore]]:

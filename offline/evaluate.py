@@ -21,10 +21,11 @@ from features.windows import UserState
 from headrace.v1.events_pb2 import Item
 from offline.baselines import all_baselines
 from offline.data.dataset import split_by_time, times_of
+from offline.logs import open_log
 from offline.models import Mask, Models
 from offline.replay import Group, Replay, read_entries
 from offline.reporting import Reporter
-from offline.train import open_log, train
+from offline.train import train
 from offline.training.ranker_candidates import Pool
 
 TRAIN_SHARE = 0.8
@@ -221,7 +222,7 @@ class _Predictor:
         self, models: Models, state: UserState, catalog: Catalog, known: Mask, seen: set[int], now_ms: int
     ) -> tuple[Pool, Floats]:
         moment = models.moment(catalog, known, now_ms)
-        (pool,) = models.pools([state], catalog, [moment], [np.fromiter(seen, np.int32, len(seen))])
+        (pool,) = models.pools([state], catalog, moment, [np.fromiter(seen, np.int32, len(seen))])
         (scores,) = models.rank([state], catalog, [pool], now_ms)
         return pool, scores
 

@@ -31,9 +31,10 @@ from features.stores.online import OnlineStore, Write
 from features.windows import UserState
 from headrace.v1.events_pb2 import Item, User
 from offline.batch_scores import read_batch_scores, store_batch_scores
+from offline.logs import read_items
 from offline.models import read_item_vectors
 from offline.popularity import popularity_lists
-from offline.replay import LOG_PARTITION, Replay, read_entries, read_items
+from offline.replay import LOG_PARTITION, Replay, read_entries
 from offline.reporting import Reporter
 
 _ROWS_PER_WRITE = 500

@@ -71,14 +71,14 @@ class Models:
         self,
         states: Sequence[UserState],
         catalog: Catalog,
-        moments: Sequence[Moment],
+        moment: Moment,
         excluded: Sequence[Rows],
         limit: int | None = None,
     ) -> list[Pool]:
         """Candidates of B users, best first, without the rows that each of them must not get."""
         return [
             _without(pool, rows, limit)
-            for pool, rows in zip(self.sources.pools(states, catalog, moments), excluded, strict=True)
+            for pool, rows in zip(self.sources.pools(states, catalog, moment), excluded, strict=True)
         ]
 
     def rank(self, states: Sequence[UserState], catalog: Catalog, pools: Sequence[Pool], now_ms: int) -> list[Floats]:

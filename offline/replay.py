@@ -20,7 +20,7 @@ from features import item_stats, windows
 from features.catalog import Catalog
 from features.item_stats import ItemPartial
 from features.stores.event_log import EventLog, user_events
-from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS
+from features.stores.event_rows import FEEDBACK, IMPRESSIONS
 from features.transforms import stable_hash
 from features.windows import IMPRESSION, Outcome, UserEvent, UserState
 from headrace.v1.events_pb2 import Item, ItemStats
@@ -176,23 +176,3 @@ def _shown(log: EventLog, start_ms: int | None, end_ms: int | None) -> Iterator[
         for user, event_id, time_ms, begin, end in zip(users, ids, times, ends, ends[1:], strict=False):
             event = UserEvent(user, stable_hash(event_id), "", IMPRESSION, time_ms)
             yield Shown(event, tuple(items[begin:end]))
-
-
-def read_items(log: EventLog) -> list[Item]:
-    """The catalogue of a log, by item_id, with every item that events name.
-
-    An item that only events name cannot be recommended before its description arrives; in a log without any catalogue
-    it can, since there will be none.
-    """
-    items = list(log.items())
-    named: set[str] = set()
-    for table in (EVENTS, FEEDBACK):
-        named.update(log.rows(table, columns=["item_id"])["item_id"].unique().to_pylist())
-    missing = sorted(named - {item.item_id for item in items})
-    described = bool(log.files(ITEMS))
-    return items + [Item(item_id=item_id, available=not described) for item_id in missing]
-
-
-def segments_of(log: EventLog) -> dict[str, str]:
-    """Segment of each user that has one."""
-    return {user.user_id: user.segment for user in log.users() if user.segment}

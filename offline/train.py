@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from candidate.index import ItemIndex
 from candidate.towers import load_towers
@@ -28,12 +27,12 @@ from core.errors import ArtifactError, ConfigError
 from core.settings import Settings
 from features import vectors, windows
 from features.stores.event_log import EventLog
-from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, USERS
 from headrace.v1.events_pb2 import Item
 from offline.batch_scores import write_batch_scores
+from offline.logs import log_fingerprint, open_log, read_items, segments_of
 from offline.models import Models, read_item_vectors
 from offline.popularity import popularity_lists
-from offline.replay import Replay, read_entries, read_items, segments_of
+from offline.replay import Replay, read_entries
 from offline.reporting import Reporter
 from offline.training.ranker import TrainedRanker, train_ranker
 from offline.training.towers import TrainedTowers, train_towers
@@ -113,28 +112,14 @@ def train(
     return made
 
 
-def open_log(log_root: str | Path, before_ms: int | None = None) -> EventLog:
-    """The log, checked to hold events. Raises ConfigError that says what to do where it does not."""
-    log = EventLog(log_root)
-    if not log.exists():
-        raise ConfigError(f"no event log at {log_root}; make one with `headrace import` or `headrace simulate`")
-    if not log.events(end_ms=before_ms, columns=["event_time"]).num_rows:
-        when = "" if before_ms is None else f" before {datetime.fromtimestamp(before_ms / 1000, UTC).isoformat()}"
-        raise ConfigError(f"the event log at {log_root} has no events{when}; import some with `headrace import`")
-    return log
-
-
 def training_key(log: EventLog, settings: Settings, before_ms: int | None) -> str:
-    """Hash of all that a bundle is made of: data, settings, formats. The same content in other files is the same."""
+    """Hash of all that a bundle is made of: data, settings, formats."""
     digest = hashlib.blake2b(digest_size=16)
     sections = (settings.features, settings.offline, settings.serving.blend_weights, settings.candidate.exact_max_items)
     dumped = [part.model_dump(mode="json") if hasattr(part, "model_dump") else part for part in sections]
     versions = (FORMAT, names.FORMAT, windows.ENCODING, vectors.SIGNATURE)
     digest.update(json.dumps([versions, dumped], sort_keys=True).encode())
-    for table in (EVENTS, FEEDBACK, IMPRESSIONS):
-        _hash_rows(digest, log.rows(table, end_ms=before_ms))
-    for table in (ITEMS, USERS):
-        _hash_rows(digest, log.states(table))
+    digest.update(log_fingerprint(log, before_ms).encode())
     return digest.hexdigest()
 
 
@@ -242,17 +227,6 @@ def _only_one(work: Path, *, fresh: bool) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _hash_rows(digest: "hashlib.blake2b", rows: pa.Table) -> None:
-    """Feeds rows to the hash, column by column, as plain values."""
-    for name in rows.column_names:
-        column = rows[name].combine_chunks()
-        if pa.types.is_dictionary(column.type):
-            # How texts are numbered depends on the files; which texts they are does not.
-            column = column.cast(column.type.value_type)
-        batch = pa.record_batch([column], [name])
-        digest.update(name.encode() + batch.serialize())
 
 
 def _file_version(prefix: str, path: Path) -> str:
