@@ -15,7 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from core.codec import CHECKS, from_ms
-from core.errors import MalformedEventError
+from core.errors import ConfigError, MalformedEventError
 from headrace.v1.events_pb2 import Preference, Vector
 from offline.data.mapping import ImportMapping, Plan, Target
 from offline.data.reading import broken_row
@@ -37,14 +37,15 @@ class Converter:
         self._constants = [
             (self._setter(target, {"": mapping.time_unit or "iso"}), value) for target, value in plan.constants
         ]
+        self._try_constants()
 
-    def message(self, line: int, row: Mapping[str, Any]) -> Message:
-        """The message of a row, checked.
+    def message(self, line: int, row: Mapping[str, Any]) -> Any:
+        """The message of a row, not checked yet.
 
         Raises:
             MalformedEventError: names file, line and column.
         """
-        message = self.plan.table.message()
+        message: Any = self.plan.table.message()
         for target, set_value in self._setters:
             value = row.get(target.column)
             if is_absent(value):
@@ -56,9 +57,15 @@ class Converter:
         for set_value, value in self._constants:
             set_value(message, value)
         if self.plan.table.name == "events":
-            kind: str = getattr(message, "kind")  # noqa: B009 - Message has no such attribute
-            setattr(message, "kind", self.plan.kinds.get(kind, kind))  # noqa: B010
+            message.kind = self.plan.kinds.get(message.kind, message.kind.lower())
         return message
+
+    def _try_constants(self) -> None:
+        for (set_value, value), (target, _) in zip(self._constants, self.plan.constants, strict=True):
+            try:
+                set_value(self.plan.table.message(), value)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ConfigError(f"constant {target.path}: {error}; mend it in the mapping") from error
 
     def check(self, line: int, message: Message) -> None:
         try:

@@ -21,7 +21,7 @@ A mapping file; all parts are optional, and flags win over it:
     [constants]                   # field = value, for all rows
     kind = "rating"
 
-    [kinds]                       # their word = kind of event
+    [kinds]                       # their word = kind of event; other words are only put in lower case
     "add to basket" = "cart"
 """
 
