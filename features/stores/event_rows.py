@@ -14,9 +14,9 @@ import pyarrow as pa
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item, User
 
 from core.codec import from_ms, to_ms
+from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item, User
 
 TIME = pa.timestamp("ms", tz="UTC")
 _TIMESTAMP = Timestamp.DESCRIPTOR.full_name
