@@ -10,7 +10,6 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item, User
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from features.stores.event_rows import (
     to_table,
 )
 from features.windows import as_user_event
+from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item, User
 
 DAY_MS = 86_400_000
 T0 = 1_700_000_000_000 // DAY_MS * DAY_MS
