@@ -18,8 +18,8 @@ from headrace.v1.events_pb2 import Item
 
 WORD_BUCKETS = 8192
 MAX_CATEGORIES, MAX_WORDS = 16, 48
-# year, whether known, price, whether known.
-NUMBERS = 4
+# Year, log of the price.
+NUMBERS = 2
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ class Content:
 
     categories: Bags
     words: Bags
-    numbers: Floats  # [n, NUMBERS]
+    numbers: Floats  # [n, NUMBERS], NaN = not known
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -60,7 +60,9 @@ def item_content(items: Sequence[Item]) -> Content:
     """Content of items, in order."""
     categories = [[_category(name) for name in list(item.categories)[:MAX_CATEGORIES]] for item in items]
     text = [[_word(word) for word in dict.fromkeys(words(f"{i.title} {i.text}"))][:MAX_WORDS] for i in items]
-    return Content(_bags(categories), _bags(text), np.array([_numbers(item) for item in items], np.float32))
+    return Content(
+        _bags(categories), _bags(text), np.array([_numbers(i) for i in items], np.float32).reshape(-1, NUMBERS)
+    )
 
 
 def without_rare_words(content: Content, least_items: int) -> Content:
@@ -78,12 +80,9 @@ def _bags(lists: list[list[int]]) -> Bags:
 
 
 def _numbers(item: Item) -> list[float]:
-    has_year, has_price = item.HasField("year"), item.HasField("price")
     return [
-        (item.year - 2000) / 20 if has_year else 0.0,
-        float(has_year),
-        math.log1p(max(item.price, 0.0)) / 5 if has_price else 0.0,
-        float(has_price),
+        float(item.year) if item.HasField("year") else math.nan,
+        math.log1p(max(item.price, 0.0)) if item.HasField("price") else math.nan,
     ]
 
 

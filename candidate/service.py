@@ -52,7 +52,7 @@ class CandidateService(CandidateServiceServicer):
 
     async def GetIndexInfo(
         self,
-        request: pb.GetIndexInfoRequest,
+        request: pb.GetIndexInfoRequest,  # noqa: ARG002
         context: Context,  # noqa: ARG002
     ) -> pb.GetIndexInfoResponse:
         snapshot = self._snapshots.current

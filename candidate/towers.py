@@ -160,18 +160,31 @@ class UserTower(nn.Module):
 class ItemTower(nn.Module):
     """From an item's id and content to a unit vector."""
 
+    number_mean: Tensor
+    number_scale: Tensor
+
     def __init__(self, config: TowersConfig) -> None:
         super().__init__()
         d = config.dimension
         self.ids = nn.Embedding(max(1, len(config.item_ids)), d)
         self.categories = nn.EmbeddingBag(CATEGORY_VOCABULARY, d, mode="sum", include_last_offset=True)
         self.words = nn.EmbeddingBag(WORD_BUCKETS, d, mode="sum", include_last_offset=True)
-        self.numbers = nn.Linear(NUMBERS, d)
+        self.numbers = nn.Linear(NUMBERS, d, bias=False)
         self.mix = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, d))
+        self.register_buffer("number_mean", torch.zeros(NUMBERS))
+        self.register_buffer("number_scale", torch.ones(NUMBERS))
         nn.init.normal_(self.ids.weight, std=0.1)
         nn.init.normal_(self.categories.weight, std=0.1)
         # A word that training never met must say nothing, not noise.
         nn.init.zeros_(self.words.weight)
+
+    def fit_numbers(self, numbers: Tensor) -> None:
+        """Takes mean and spread of the numbers [n, NUMBERS] of the items in training."""
+        known = ~numbers.isnan()
+        count = known.sum(0).clamp(min=1)
+        self.number_mean.copy_(numbers.nan_to_num().sum(0) / count)
+        spread = ((numbers - self.number_mean).nan_to_num().square().sum(0) / count).sqrt()
+        self.number_scale.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
 
     def forward(self, content: "ContentTensors", ids: Tensor, ids_kept: Tensor | None = None) -> Tensor:
         """Unit vectors of n items.
@@ -183,7 +196,9 @@ class ItemTower(nn.Module):
         """
         by_content = self.categories(content.categories[0], content.categories[1], content.categories[2])
         by_content = by_content + self.words(content.words[0], content.words[1], content.words[2])
-        by_content = by_content + self.numbers(content.numbers)
+        # A number that is not known counts as the mean.
+        numbers = ((content.numbers - self.number_mean) / self.number_scale).nan_to_num().clamp(-3, 3)
+        by_content = by_content + self.numbers(numbers)
         by_content = by_content + self.mix(by_content)
         has_id = (ids >= 0).to(by_content.dtype)
         if ids_kept is not None:

@@ -124,6 +124,7 @@ class _Trainer:
         self._all_content = ContentTensors.of(content, device)
         torch.manual_seed(settings.offline.seed)
         self.towers = Towers(self._config(settings)).to(device)
+        self.towers.item.fit_numbers(self._content_tensors.numbers)
         self._optimizer = torch.optim.AdamW(
             self.towers.parameters(), lr=settings.offline.learning_rate, weight_decay=WEIGHT_DECAY
         )
