@@ -26,6 +26,15 @@ _OPTIONS = [
     # A port belongs to one process: a second start must fail, not share it.
     ("grpc.so_reuseport", 0),
 ]
+_CHANNEL_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.enable_retries", 0),
+]
 
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -82,18 +91,12 @@ class GrpcServer:
 
 def channel(target: str) -> grpc.aio.Channel:
     """A channel that comes back by itself, quickly, after its server was away."""
-    return grpc.aio.insecure_channel(
-        target,
-        options=[
-            *_OPTIONS,
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1000),
-            ("grpc.keepalive_time_ms", 10_000),
-            ("grpc.keepalive_timeout_ms", 2_000),
-            ("grpc.enable_retries", 0),
-        ],
-    )
+    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+
+
+def blocking_channel(target: str) -> grpc.Channel:
+    """The same for a thread of its own."""
+    return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
 
 
 def request_deadline(context: grpc.aio.ServicerContext[Any, Any], default_ms: float) -> Deadline:

@@ -22,7 +22,8 @@ class Logger:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._logger: Any = structlog.get_logger(name).bind(part=name)
+        # Unbound until used: it is made at import, before `configure_logging`.
+        self._logger: Any = structlog.get_logger(name, part=name)
 
     @property
     def stdlib(self) -> logging.Logger:
@@ -51,6 +52,8 @@ def configure_logging(settings: TelemetrySettings, process: str) -> None:
     level = getattr(logging, settings.log_level.upper())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        # Not as a context variable: threads do not inherit those.
+        lambda _logger, _method, event: {**event, "process": process},
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -65,7 +68,6 @@ def configure_logging(settings: TelemetrySettings, process: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-    structlog.contextvars.bind_contextvars(process=process)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=renderer))
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)

@@ -8,10 +8,10 @@ and a changed Redis shows itself as StoreChangedError: whoever wrote before it m
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import redis
-from headrace.v1.store_pb2 import SourceOffsets
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -21,6 +21,7 @@ from core.settings import RedisSettings
 from features.definitions import ColumnType, View
 from features.stores.layout import Cell, ViewLayout, decode_cell, decode_time, encode_cell, encode_time, row_key
 from features.windows import decode_offsets, encode_offsets
+from headrace.v1.store_pb2 import SourceOffsets
 
 # KEYS[1] row; ARGV: guard field, bytes expected there ('' = absent), then field, value, field, value...
 _COMPARE_AND_SET = """
@@ -37,6 +38,10 @@ class StoreChangedError(StageError):
 
     def __init__(self) -> None:
         super().__init__("redis", "another Redis answers than before; go back to the marker")
+
+
+class _AnotherRedis(redis.ConnectionError):
+    """Raised while connecting, so that the command is not sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,6 @@ class OnlineStore:
         self._clock = clock or SystemClock()
         self._layouts: dict[str, ViewLayout] = {}
         self._run_id: bytes | None = None
-        self._changed = False
         self._client = redis.Redis.from_url(
             settings.url.get_secret_value(),
             socket_timeout=settings.timeout_ms / 1000,
@@ -81,10 +85,10 @@ class OnlineStore:
     def ping(self) -> None:
         self._run(self._client.ping)
 
-    def read(self, view: View, keys: Sequence[tuple[str, ...]]) -> list[Row]:
-        """Rows of a view, in the order of `keys`; one round trip."""
+    def read(self, view: View, keys: Sequence[tuple[str, ...]], columns: Sequence[str] | None = None) -> list[Row]:
+        """Rows of a view (all its columns, or only these), in the order of `keys`; one round trip."""
         layout = self._layout(view)
-        names = [column.name for column in view.columns]
+        names = list(columns) if columns is not None else [column.name for column in view.columns]
         fields = [layout.timestamp_field, *(layout.fields[name] for name in names)]
         pipeline: Any = self._client.pipeline(transaction=False)
         for key in keys:
@@ -122,8 +126,15 @@ class OnlineStore:
 
     def read_marker(self, partition: int) -> dict[tuple[int, int], int]:
         """Per (source, partition) the newest offset up to which all rows are written; empty when unknown."""
-        raw = self._run(lambda: self._client.get(self._marker_key(partition)))
-        return decode_offsets(SourceOffsets.FromString(raw).offsets) if raw else {}
+        return self.read_markers((partition,))[0]
+
+    def read_markers(self, partitions: Sequence[int]) -> list[dict[tuple[int, int], int]]:
+        """Markers of several partitions; one round trip."""
+        pipeline: Any = self._client.pipeline(transaction=False)
+        for partition in partitions:
+            pipeline.get(self._marker_key(partition))
+        found = self._run(pipeline.execute)
+        return [decode_offsets(SourceOffsets.FromString(raw).offsets) if raw else {} for raw in found]
 
     def write_marker(self, partition: int, offsets: dict[tuple[int, int], int]) -> None:
         value = SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
@@ -132,9 +143,15 @@ class OnlineStore:
     def keys_of(self, view: View, batch: int = 1000) -> Iterable[str]:
         """Entity values of a single-entity view, by scanning; for sweeps and tools."""
         prefix = row_key("", view.join_keys, ("",))[:-4]
-        skip = len(prefix) + 4
-        for raw in self._client.scan_iter(match=_escape_glob(prefix) + b"*", count=batch):
-            yield raw[skip : -len(self._project) or None].decode()
+        skip, project = len(prefix) + 4, self._project.encode()
+        pattern = _escape_glob(prefix) + b"*" + _escape_glob(project)
+        cursor = -1
+        while cursor != 0:
+            cursor, found = self._run(partial(self._client.scan, max(cursor, 0), match=pattern, count=batch))
+            for raw in found:
+                # A project's name may be the end of another's: the length in the key decides.
+                if len(raw) == skip + int.from_bytes(raw[skip - 4 : skip], "little") + len(project):
+                    yield raw[skip : len(raw) - len(project)].decode()
 
     def close(self) -> None:
         self._client.close()
@@ -160,18 +177,18 @@ class OnlineStore:
         info = connection.read_response()
         text = info if isinstance(info, bytes) else str(info).encode()
         run_id = next((line for line in text.split(b"\r\n") if line.startswith(b"run_id:")), b"")
-        self._changed = self._changed or (self._run_id is not None and run_id != self._run_id)
-        self._run_id = run_id
+        before, self._run_id = self._run_id, run_id
+        if before is not None and run_id != before:
+            # Now, before the command that wanted this connection: a marker must not be set on rows that are gone.
+            raise _AnotherRedis
 
     def _run(self, call: Any) -> Any:
         try:
-            result = call()
+            return call()
+        except _AnotherRedis as error:
+            raise StoreChangedError from error
         except redis.RedisError as error:
             raise StageError("redis", f"{type(error).__name__}: {error}") from error
-        if self._changed:
-            self._changed = False
-            raise StoreChangedError
-        return result
 
 
 def _escape_glob(raw: bytes) -> bytes:
