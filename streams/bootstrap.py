@@ -1,0 +1,112 @@
+"""Wires the stream worker and runs it until it is told to stop.
+
+The only place that builds its parts. Invariant: SIGTERM finishes the batch under way, writes the markers, empties the
+event log's buffers and leaves the group, in this order.
+"""
+
+import asyncio
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from core.errors import StageError
+from core.kafka import KafkaProducer, topic_sources, wait_for_kafka
+from core.process import Process, freeze_heap
+from core.settings import Settings
+from core.telemetry import get_logger
+from core.topics import Topics
+from features.definitions import ITEM_PROFILE, USER_PROFILE
+from features.stores.online import OnlineStore
+from streams.app import QuietTopic, make_app
+from streams.broadcast import StatsBroadcast
+from streams.dead_letters import DeadLetters
+from streams.popularity import PopularityWriter
+from streams.profiles import ProfileProcessor
+from streams.reader import BatchReader
+from streams.rows import Rows
+from streams.sink import EventLogSink
+from streams.updater import EmbeddingUpdater
+from streams.watchdog import Watchdog
+
+_log = get_logger("streams")
+
+_KAFKA_SECONDS = 5.0
+
+
+async def serve(settings: Settings, process: Process) -> None:
+    """Runs the worker. Kafka, Redis and the candidate service may be away at any time, at the start too."""
+    stopping = threading.Event()
+    state = {"problem": "waiting for kafka"}
+    process.readiness.add("start", lambda: state["problem"] or None)
+    process.open_admin(settings.streams.host, settings.streams.admin_port)
+    sources = await _wait_for_sources(settings, process)
+    if sources is None:
+        return
+    producer = KafkaProducer(settings.kafka)
+    worker = Worker(settings, producer, sources, stopping)
+    process.readiness.add("reader", worker.reader.problem)
+    process.readiness.add("partitions", worker.watchdog.problem)
+    with tempfile.TemporaryDirectory(prefix="headrace-faust-") as folder:
+        app = make_app(settings, worker.quiet_topics, worker.parts, Path(folder))
+        try:
+            await app.start()
+            state["problem"] = ""
+            freeze_heap()
+            await _until_stopped(process, app)
+        finally:
+            stopping.set()
+            await app.stop()
+            await asyncio.to_thread(producer.close)
+
+
+class Worker:
+    """The parts of one worker."""
+
+    def __init__(
+        self, settings: Settings, producer: KafkaProducer, sources: dict[str, int], stopping: threading.Event
+    ) -> None:
+        streams, topics = settings.streams, Topics(settings.kafka.topic_prefix)
+        # A store is for one thread.
+        stores = [OnlineStore(settings.redis, settings.features.project) for _ in range(5)]
+        letters = DeadLetters(producer)
+        self.sink = EventLogSink(streams, topics) if streams.event_log_path else None
+        self.updater = EmbeddingUpdater(settings, stores[0], lambda partition: self.reader.owns(partition))
+        self.reader = BatchReader(
+            settings,
+            Rows(stores[1], settings.features, streams.state_cache_users),
+            letters,
+            self.sink,
+            StatsBroadcast(producer, topics.item_stats, streams.stats_broadcast_interval_ms),
+            self.updater.mark,
+        )
+        self.watchdog = Watchdog(settings, self.reader.processed)
+        self.popularity = PopularityWriter(settings, stores[2])
+        self.parts: list[Any] = [self.watchdog, self.popularity, self.updater, self.reader]
+        if self.sink is not None:
+            self.parts.insert(0, self.sink)
+        items = ProfileProcessor(ITEM_PROFILE, stores[3], sources)
+        users = ProfileProcessor(USER_PROFILE, stores[4], sources, self.updater.forget)
+        self.quiet_topics = {
+            topics.items: QuietTopic(items, letters, self.sink, sources[topics.items], stopping),
+            topics.users: QuietTopic(users, letters, self.sink, sources[topics.users], stopping),
+        }
+
+
+async def _wait_for_sources(settings: Settings, process: Process) -> dict[str, int] | None:
+    """Identities of the topics, as soon as Kafka tells them; None when the process is stopped before."""
+    topics = Topics(settings.kafka.topic_prefix)
+    while not process.stopping.is_set():
+        try:
+            await asyncio.to_thread(wait_for_kafka, settings.kafka, _KAFKA_SECONDS)
+            return await asyncio.to_thread(topic_sources, settings.kafka, topics.inbound)
+        except StageError as error:
+            _log.warning("waiting for kafka", problem=str(error))
+    return None
+
+
+async def _until_stopped(process: Process, app: Any) -> None:
+    """Returns when the process is told to stop. Raises StageError when the app has crashed."""
+    await app.wait_for_stopped(process.stopping.wait())
+    if not process.stopping.is_set():
+        raise StageError("kafka", f"the Faust app ended ({app.crash_reason!r}); the worker starts again")

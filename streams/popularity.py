@@ -1,0 +1,152 @@
+"""Popularity: the most popular items, from everybody's item statistics, as the row `all` of the popularity view.
+
+Follows the items and item-stats topics on top of the serving bundle, as every replica does, so each worker knows the
+sums of all partitions. Invariant: a derived row; losing it costs nothing, the next interval writes it again.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from core.bundle import current_version, open_current
+from core.codec import check_item, decode
+from core.errors import ArtifactError, MalformedEventError, StageError
+from core.kafka import Record, TopicFollower
+from core.settings import Settings
+from core.telemetry import get_logger
+from core.topics import Topics
+from features.catalog import Catalog
+from features.definitions import POPULARITY
+from features.stores.layout import Cell
+from features.stores.online import OnlineStore, Write
+from headrace.v1.events_pb2 import Item, ItemStats
+
+_log = get_logger("streams.popularity")
+
+ALL = "all"
+
+
+class PopularityWriter:
+    """The catalogue with everybody's statistics, a thread that follows the topics and one that writes."""
+
+    def __init__(self, settings: Settings, store: OnlineStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._topics = Topics(settings.kafka.topic_prefix)
+        self._lock = threading.Lock()
+        self._bundle_version = ""
+        self._catalog = Catalog(settings.features)
+        self._watermark_ms = 0
+        self._written = -1
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="popularity", daemon=True)
+        self._follower = TopicFollower(settings.kafka, (self._topics.items, self._topics.item_stats), self.on_records)
+
+    def start(self) -> None:
+        self._follower.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._follower.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def on_records(self, records: Sequence[Record]) -> None:
+        with self._lock:
+            for record in records:
+                try:
+                    self._follow(record)
+                except MalformedEventError as error:
+                    # The agent that owns the topic sends it to the dead letters.
+                    _log.debug("record left out", topic=record.topic, offset=record.offset, problem=str(error))
+
+    def write(self) -> bool:
+        """Writes the row if anything has changed; True when it did.
+
+        Raises:
+            StageError: the store did not take it.
+        """
+        self._load_bundle()
+        with self._lock:
+            catalog = self._catalog
+            if catalog.revision == self._written or not len(catalog):
+                return False
+            revision = catalog.revision
+            watermark_ms = self._watermark_ms
+            items, scores = most_popular(catalog, watermark_ms, self._settings.offline.popularity_items)
+        if items:
+            cells: dict[str, Cell] = {
+                "popular_item_ids": items,
+                "popular_scores": scores,
+                "popular_watermark_ms": watermark_ms,
+            }
+            self._store.write([Write(POPULARITY, (ALL,), cells)])
+        self._written = revision
+        return bool(items)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.write()
+            except StageError as error:
+                # It may have lost the row, too.
+                self._written = -1
+                _log.debug("popularity waits", problem=str(error))
+            self._stopping.wait(self._settings.streams.popularity_interval_ms / 1000)
+
+    def _follow(self, record: Record) -> None:
+        if record.topic == self._topics.item_stats:
+            if record.value is not None:
+                stats = decode(ItemStats(), record.value, record.headers)
+                self._catalog.put_stats(stats)
+                self._watermark_ms = max(self._watermark_ms, stats.watermark_ms)
+        elif record.value is None:
+            self._catalog.remove(record.key.decode("utf-8", "replace"))
+        else:
+            item = decode(Item(), record.value, record.headers)
+            check_item(item)
+            self._catalog.upsert(item)
+
+    def _load_bundle(self) -> None:
+        """Takes items and statistics of the serving bundle, again when there is another one."""
+        registry = self._settings.registry.path
+        try:
+            if current_version(registry) == self._bundle_version:
+                return
+            bundle = open_current(registry)
+            fresh, watermark_ms = Catalog(self._settings.features), 0
+            for item in bundle.items():
+                fresh.upsert(item)
+            for stats in bundle.item_stats():
+                fresh.put_stats(stats)
+                watermark_ms = max(watermark_ms, stats.watermark_ms)
+        except ArtifactError as error:
+            if not self._bundle_version:
+                _log.debug("popularity of the stream alone", problem=str(error))
+            return
+        with self._lock:
+            # What came over the topics since the start is newer than the bundle.
+            old, seen = self._catalog, self._catalog.column("available")
+            for row, item in enumerate(old.items):
+                if seen[row]:
+                    fresh.upsert(item)
+            for item_id, partition, partial in old.partials():
+                if partition >= 0:
+                    fresh.put_partial(item_id, partition, partial)
+            self._watermark_ms = max(self._watermark_ms, watermark_ms)
+            self._catalog, self._bundle_version, self._written = fresh, bundle.version, -1
+
+
+def most_popular(catalog: Catalog, as_of_ms: int, count: int) -> tuple[list[str], list[float]]:
+    """Items, best first, and their decayed engagement.
+
+    As of the newest event, not of now: a history that is played again is as fresh as its events.
+    """
+    scores = catalog.popularity(as_of_ms)
+    servable = catalog.servable(as_of_ms)
+    scores = np.where(servable, scores, 0) if servable.any() else scores
+    order = np.argsort(-scores, kind="stable")[:count]
+    best = [int(row) for row in order if scores[row] > 0]
+    return [catalog.item_ids[row] for row in best], [float(scores[row]) for row in best]

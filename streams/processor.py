@@ -1,0 +1,133 @@
+"""From messages to changed rows, without Kafka or Redis: decode, apply to user states, count for items.
+
+Called by the reader (through rows.py) for each batch. Invariant: what comes out depends on the rows and the messages
+alone; a message that a row includes already changes nothing, so any batch may be played again.
+"""
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from core import codec
+from core.errors import MalformedEventError
+from core.settings import FeaturesSettings
+from core.topics import Topics
+from features import item_stats, windows
+from features.item_stats import ItemPartial
+from features.windows import Outcome, Position, UserEvent, UserState
+from headrace.v1.events_pb2 import Event, Feedback, ImpressionList
+
+# item_id and the partition that the sums are of.
+ItemKey = tuple[str, int]
+UserKeyed = Event | Feedback | ImpressionList
+
+
+class RawMessage(NamedTuple):
+    """A message as the broker gave it."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Any
+    # When the broker (or the producer) stamped it; 0 = unknown.
+    time_ms: int
+
+
+class Received(NamedTuple):
+    """A checked message of a user-keyed topic, and what the state sees of it."""
+
+    message: UserKeyed
+    event: UserEvent
+    # Items of an impression list, as often as they were shown.
+    shown: tuple[str, ...]
+    raw: RawMessage
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a batch did to user states, and what is to be counted for items."""
+
+    # In the order of the batch.
+    outcomes: list[Outcome] = field(default_factory=list)
+    # Users whose row is to be written.
+    users: set[str] = field(default_factory=set)
+    # Users whose vector is out of date now.
+    dirty: set[str] = field(default_factory=set)
+    # Events that counted, by item and partition, in order.
+    items: dict[ItemKey, list[UserEvent]] = field(default_factory=dict)
+
+
+def decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> Received:
+    """A user-keyed message, checked.
+
+    Args:
+        raw: the message.
+        topics: their names.
+        sources: identity of each topic (core.topics.source_id).
+
+    Raises:
+        MalformedEventError: the message can never be processed; names the field.
+    """
+    position = Position(sources[raw.topic], raw.partition, raw.offset)
+    if raw.topic == topics.impressions:
+        shown = codec.decode(ImpressionList(), raw.value, raw.headers)
+        codec.check_impressions(shown, raw.time_ms)
+        codec.check_key(raw.key, shown.user_id, "user_id")
+        items = tuple(impression.item_id for impression in shown.impressions)
+        return Received(shown, windows.as_impression_event(shown, position), items, raw)
+    message: Event | Feedback = Event() if raw.topic == topics.events else Feedback()
+    codec.decode(message, raw.value, raw.headers)
+    codec.check_event(message, raw.time_ms)
+    codec.check_key(raw.key, message.user_id, "user_id")
+    return Received(message, windows.as_user_event(message, position), (), raw)
+
+
+def try_decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> Received | str:
+    """The message, or the reason why it goes to the dead letters. Never raises."""
+    try:
+        return decode(raw, topics, sources)
+    except MalformedEventError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - one message must never stop a partition
+        return f"unexpected {type(error).__name__} while decoding: {error}"[:500]
+
+
+def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: FeaturesSettings) -> Changes:
+    """Applies a batch to the states of its users, in place."""
+    changes = Changes()
+    for received in batch:
+        event = received.event
+        user_id = event.user_id
+        (outcome,) = windows.apply(states[user_id], (event,), settings)
+        changes.outcomes.append(outcome)
+        if outcome is Outcome.REPLAY:
+            continue
+        changes.users.add(user_id)
+        if outcome is Outcome.APPLIED:
+            if event.kind != windows.IMPRESSION:
+                changes.dirty.add(user_id)
+            _note_items(changes.items, received)
+    return changes
+
+
+def count(partial: ItemPartial, events: Iterable[UserEvent], settings: FeaturesSettings) -> bool:
+    """Adds events of one item to its partial sums, those that it includes already left out. True when it changed."""
+    counted: Position | None = None
+    for event in events:
+        # A list may show an item twice: both are at one position, and neither was there before.
+        if event.position != counted and item_stats.is_replay(partial, event.position):
+            continue
+        counted = event.position
+        item_stats.apply(partial, event, settings)
+    return counted is not None
+
+
+def _note_items(items: MutableMapping[ItemKey, list[UserEvent]], received: Received) -> None:
+    event, partition = received.event, received.raw.partition
+    if not event.item_id:
+        for item_id in received.shown:
+            items.setdefault((item_id, partition), []).append(event._replace(item_id=item_id))
+    else:
+        items.setdefault((event.item_id, partition), []).append(event)

@@ -1,0 +1,145 @@
+"""What the agents of the quiet topics do with a batch: items and users to profile rows, tombstones to removals.
+
+Called by the Faust agents (app.py) on a thread. Invariant: a row carries its source position and only a later one
+replaces it, so messages may come twice; nothing raises but StageError, which the agent waits out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+
+from core import codec
+from core.errors import MalformedEventError, StageError
+from core.telemetry import get_logger
+from features.definitions import ITEM_PROFILE, ColumnType, View
+from features.stores.layout import Cell, decode_cell
+from features.stores.online import ABSENT, OnlineStore, Row, Write
+from features.windows import decode_offsets, encode_offsets
+from headrace.v1.events_pb2 import Item, User
+from headrace.v1.store_pb2 import SourceOffsets
+from streams import metrics
+from streams.processor import RawMessage
+
+_log = get_logger("streams.agents")
+
+_ATTEMPTS = 20
+
+
+@dataclass(slots=True)
+class Profiles:
+    """One batch of a quiet topic, sorted out."""
+
+    # Newest valid message of each key; None removes it.
+    newest: dict[str, tuple[Message | None, RawMessage]] = field(default_factory=dict)
+    # Newest tombstone of each key that had one, also where an upsert came after it.
+    removals: dict[str, RawMessage] = field(default_factory=dict)
+    # All valid ones, in order, for the event log.
+    rows: list[tuple[Message | None, RawMessage]] = field(default_factory=list)
+    letters: list[tuple[RawMessage, str]] = field(default_factory=list)
+
+
+class ProfileProcessor:
+    """One of the two quiet topics. Not thread-safe: a store of its own, one batch at a time."""
+
+    def __init__(
+        self,
+        view: View,
+        store: OnlineStore,
+        sources: Mapping[str, int],
+        on_erased: Callable[[str], None] | None = None,
+    ) -> None:
+        self._view = view
+        self._store = store
+        self._sources = sources
+        self._on_erased = on_erased
+        self._offsets_column = "item_offsets" if view is ITEM_PROFILE else "profile_offsets"
+
+    def sort_out(self, batch: Sequence[RawMessage]) -> Profiles:
+        """Decodes and checks; what is malformed becomes a letter. Never raises."""
+        profiles = Profiles()
+        for raw in batch:
+            try:
+                key, message = self._decode(raw)
+            except MalformedEventError as error:
+                profiles.letters.append((raw, str(error)))
+            except Exception as error:  # noqa: BLE001 - one message must never stop a topic
+                profiles.letters.append((raw, f"unexpected {type(error).__name__} while decoding: {error}"[:500]))
+            else:
+                profiles.newest[key] = (message, raw)
+                if message is None:
+                    profiles.removals[key] = raw
+                profiles.rows.append((message, raw))
+        return profiles
+
+    def write(self, profiles: Profiles) -> None:
+        """Writes rows and removes what tombstones name. Raises StageError; writing again does no harm."""
+        for key in self._remove(profiles.removals):
+            if self._on_erased is not None:
+                self._on_erased(key)
+                metrics.ERASED_USERS.inc()
+        waiting = {key: entry for key, entry in profiles.newest.items() if entry[0] is not None}
+        for _ in range(_ATTEMPTS):
+            if not waiting:
+                return
+            waiting = self._write_once(waiting)
+        raise StageError("redis", f"{len(waiting)} rows of {self._view.name} were changed by others all the time")
+
+    def _remove(self, removals: Mapping[str, RawMessage]) -> list[str]:
+        """Removes all that is kept under a key, unless the row is newer than the tombstone (which came again)."""
+        stored = self._store.read(self._view, [(key,) for key in removals], (self._offsets_column,))
+        keys = [
+            key
+            for (key, raw), row in zip(removals.items(), stored, strict=True)
+            if self._stored_offsets(row).get((self._sources[raw.topic], raw.partition), -1) < raw.offset
+        ]
+        self._store.delete(self._view, [(key,) for key in keys])
+        return keys
+
+    def _write_once(
+        self, waiting: Mapping[str, tuple[Message | None, RawMessage]]
+    ) -> dict[str, tuple[Message | None, RawMessage]]:
+        """Writes rows that are newer than what is stored; returns those that somebody else changed meanwhile."""
+        stored = self._store.read(self._view, [(key,) for key in waiting], (self._offsets_column,))
+        writes = []
+        for (key, (message, raw)), row in zip(waiting.items(), stored, strict=True):
+            where, offsets = (self._sources[raw.topic], raw.partition), self._stored_offsets(row)
+            if offsets.get(where, -1) < raw.offset:
+                cells = self._cells(message)
+                offset = SourceOffsets(offsets=encode_offsets({**offsets, where: raw.offset}))
+                cells[self._offsets_column] = offset.SerializeToString()
+                expected = row.raw.get(self._offsets_column, ABSENT)
+                writes.append(Write(self._view, (key,), cells, self._offsets_column, expected))
+        done = self._store.write(writes)
+        return {write.key[0]: waiting[write.key[0]] for write, ok in zip(writes, done, strict=True) if not ok}
+
+    def _decode(self, raw: RawMessage) -> tuple[str, Message | None]:
+        field_name = self._view.join_keys[0]
+        if raw.value is None:
+            try:
+                key = (raw.key or b"").decode()
+            except UnicodeDecodeError as error:
+                raise MalformedEventError("key", f"must be the {field_name} in UTF-8") from error
+            codec.check_id("key", key)
+            return key, None
+        if self._view is ITEM_PROFILE:
+            item = codec.decode(Item(), raw.value, raw.headers)
+            codec.check_item(item)
+            codec.check_key(raw.key, item.item_id, field_name)
+            return item.item_id, item
+        user = codec.decode(User(), raw.value, raw.headers)
+        codec.check_user(user)
+        codec.check_key(raw.key, user.user_id, field_name)
+        return user.user_id, user
+
+    @staticmethod
+    def _cells(message: Message | None) -> dict[str, Cell]:
+        if isinstance(message, Item):
+            return {"item": message.SerializeToString(), "title": message.title}
+        if isinstance(message, User):
+            return {"profile": message.SerializeToString(), "profile_segment": message.segment}
+        raise TypeError(f"no row for {type(message).__name__}")
+
+    def _stored_offsets(self, row: Row) -> dict[tuple[int, int], int]:
+        value = decode_cell(ColumnType.BYTES, row.raw.get(self._offsets_column, ABSENT))
+        return decode_offsets(SourceOffsets.FromString(value).offsets) if isinstance(value, bytes) else {}

@@ -1,0 +1,398 @@
+"""The batch reader: the user-keyed topics, from Kafka to rows, on a thread of its own.
+
+One consumer follows the group protocol on the events topic; the partitions of the same number of the other user-keyed
+topics come with it, so one worker owns all that concerns a user, whatever the assignor. Invariant: reading starts at
+the older of the partition's marker in the store and the event log's position, never at the group's offset; after
+any error of the store, and after anything unexpected, the rows in memory are dropped and it starts there again.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
+
+from core.clock import Clock, SystemClock
+from core.errors import StageError
+from core.kafka import client_config, topic_sources
+from core.settings import Settings
+from core.telemetry import get_logger
+from core.topics import Topics
+from streams import metrics
+from streams.broadcast import StatsBroadcast
+from streams.dead_letters import DeadLetters
+from streams.processor import RawMessage, Received, try_decode
+from streams.rows import Rows
+from streams.sink import EventLogSink, Row
+
+_log = get_logger("streams.reader")
+
+Where = tuple[str, int]
+_BACKOFF_SECONDS = (0.05, 2.0)
+_COMMIT_SECONDS = 1.0
+_METADATA_SECONDS = 5.0
+# Messages waiting in the client, all partitions together.
+_QUEUE_KB = 32_768
+
+
+@dataclass(slots=True)
+class Batch:
+    """One poll, sorted out."""
+
+    received: list[Received] = field(default_factory=list)
+    letters: list[tuple[RawMessage, str]] = field(default_factory=list)
+    # Newest offset of each topic-partition.
+    last: dict[Where, int] = field(default_factory=dict)
+
+
+class BatchReader:
+    """Owns the consumer and its thread. `rows` and `broadcast` are used on that thread only."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        rows: Rows,
+        dead_letters: DeadLetters,
+        sink: EventLogSink | None,
+        broadcast: StatsBroadcast,
+        on_dirty: Callable[[set[str]], None],
+        clock: Clock | None = None,
+    ) -> None:
+        self._settings = settings
+        self._rows, self._dead_letters, self._sink, self._broadcast = rows, dead_letters, sink, broadcast
+        self._on_dirty = on_dirty
+        self._clock = clock or SystemClock()
+        self._topics = Topics(settings.kafka.topic_prefix)
+        self._cooperative = settings.streams.group_protocol in ("cooperative-sticky", "consumer")
+        self._sources: dict[str, int] = {}
+        # Partition numbers that the group gave to this worker; those of them that are being read.
+        self._owned: set[int] = set()
+        self._placed: set[int] = set()
+        self._assigned_once = False
+        self._processed: dict[Where, int] = {}
+        # Offsets that must be processed before the rows are as new as the marker says.
+        self._targets: dict[Where, int] = {}
+        self._unmarked: set[int] = set()
+        self._marker_due = self._commit_due = self._place_due = 0.0
+        self._backoff_seconds = _BACKOFF_SECONDS[0]
+        self._problem = "not started"
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batch-reader", daemon=True)
+
+    # --- for the owner, from any thread ---
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finishes the batch under way, writes the markers and leaves the group."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def processed(self) -> dict[Where, int]:
+        """Newest processed offset of each topic-partition that is being read, -1 where there is none yet."""
+        processed, placed = dict(self._processed), set(self._placed)
+        return {(topic, p): processed.get((topic, p), -1) for p in placed for topic in self._topics.user_keyed}
+
+    def owns(self, partition: int) -> bool:
+        return partition in self._placed
+
+    def problem(self) -> str | None:
+        """Why this reader is not ready, or nothing."""
+        if self._problem:
+            return self._problem
+        if not self._assigned_once:
+            return f"no partitions yet from group {self._settings.streams.group_id}"
+        waiting = self._owned - self._placed
+        if waiting:
+            return f"{len(waiting)} partitions wait for their marker"
+        behind = [where for where, target in dict(self._targets).items() if self._processed.get(where, -1) < target]
+        return f"{len(behind)} topic-partitions are still behind their marker" if behind else None
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._session()
+            except (StageError, KafkaException) as error:
+                self._problem = str(error)
+                _log.warning("cannot read, trying again", problem=str(error))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the marker is where to go on
+                self._problem = f"unexpected {type(error).__name__}: {error}"
+                _log.error("unexpected error, starting again from the markers", error=repr(error))
+                metrics.BACK_TO_MARKER.labels("unexpected").inc()
+            self._stopping.wait(self._backoff())
+
+    def _session(self) -> None:
+        """One consumer's life."""
+        self._sources = topic_sources(self._settings.kafka, self._topics.user_keyed)
+        consumer = Consumer(self._consumer_config())
+        try:
+            self._check_partitions(consumer)
+            consumer.subscribe(
+                [self._topics.events], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            self._problem = ""
+            while not self._stopping.is_set():
+                self._step(consumer)
+            self._drain(consumer)
+        finally:
+            # Leaving the group calls on_revoke: what it does with the store was done by _drain.
+            self._forget(self._owned)
+            consumer.close()
+
+    def _step(self, consumer: Consumer) -> None:
+        streams = self._settings.streams
+        messages = consumer.consume(streams.poll_max_events, streams.poll_wait_ms / 1000)
+        try:
+            if messages:
+                self._handle(messages)
+            # After the messages: those of a partition that was lost and came back belong to its former time.
+            self._place(consumer)
+            self._move_markers(consumer)
+        except StageError as error:
+            self._go_back(consumer, error)
+        self._broadcast.tick()
+
+    def _handle(self, messages: Sequence[Any]) -> None:
+        batch = self._sort_out(messages)
+        if not batch.last:
+            return
+        begin = self._clock.monotonic()
+        applied = self._rows.commit(batch.received)
+        metrics.WRITE_MS.observe((self._clock.monotonic() - begin) * 1000)
+        metrics.BATCH_EVENTS.set(len(messages))
+        if applied.dirty:
+            self._on_dirty(applied.dirty)
+        self._broadcast.put(applied.stats)
+        letters = batch.letters + [(received.raw, reason) for received, reason in applied.refused]
+        if letters and not self._dead_letters.deliver(letters, self._stopping):
+            raise StageError("kafka", "stopped before the dead letters were delivered")
+        self._log_rows(batch)
+        self._processed.update(batch.last)
+        self._unmarked.update(partition for _, partition in batch.last)
+        for (topic, outcome), count in applied.outcomes.items():
+            metrics.EVENTS.labels(topic, outcome).inc(count)
+        for raw, _ in letters:
+            metrics.EVENTS.labels(raw.topic, "dead_letter").inc()
+        if applied.watermark_ms:
+            metrics.WATERMARK_AGE.set(self._clock.now_ms() - applied.watermark_ms)
+
+    def _sort_out(self, messages: Sequence[Any]) -> Batch:
+        batch = Batch()
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                _log.warning("kafka", problem=error.str())
+                continue
+            topic, partition, offset = message.topic(), message.partition(), message.offset()
+            if partition not in self._placed:
+                continue
+            raw = RawMessage(
+                topic,
+                partition,
+                offset,
+                message.key(),
+                message.value(),
+                message.headers(),
+                max(0, message.timestamp()[1]),
+            )
+            result = try_decode(raw, self._topics, self._sources)
+            if isinstance(result, str):
+                batch.letters.append((raw, result))
+            else:
+                batch.received.append(result)
+            batch.last[topic, partition] = offset
+        return batch
+
+    def _log_rows(self, batch: Batch) -> None:
+        if self._sink is None:
+            return
+        rows: dict[Where, list[Row]] = {where: [] for where in batch.last}
+        for received in batch.received:
+            rows[received.raw.topic, received.raw.partition].append((received.message, received.raw))
+        for (topic, partition), last in batch.last.items():
+            self._sink.add(topic, partition, last, rows[topic, partition])
+
+    # --- where reading starts ---
+
+    def _place(self, consumer: Consumer) -> None:
+        """Starts reading the partitions that wait for it, from their markers."""
+        waiting = sorted(self._owned - self._placed)
+        if not waiting or self._clock.monotonic() < self._place_due:
+            return
+        starts: list[TopicPartition] = []
+        targets: dict[Where, int] = {}
+        for partition in waiting:
+            marker = self._rows.read_marker(partition)
+            for topic in self._topics.user_keyed:
+                source = self._sources[topic]
+                marked = written = marker.get((source, partition), -1)
+                if self._sink is not None:
+                    written = self._sink.open(topic, source, partition)
+                done = min(marked, written)
+                starts.append(TopicPartition(topic, partition, done + 1 if done >= 0 else OFFSET_BEGINNING))
+                targets[topic, partition] = marked
+                self._processed[topic, partition] = done
+        self._placed.update(waiting)
+        self._targets.update(targets)
+        self._backoff_seconds = _BACKOFF_SECONDS[0]
+        if self._cooperative:
+            consumer.incremental_assign(starts)
+        else:
+            # An eager group gives everything at once and takes everything back at once.
+            consumer.assign(starts)
+        _log.info("reading", partitions=waiting, starts={f"{s.topic}/{s.partition}": s.offset for s in starts})
+
+    def _go_back(self, consumer: Consumer, error: StageError) -> None:
+        """Drops what is in memory; reading goes on from the markers as soon as they can be read."""
+        metrics.BACK_TO_MARKER.labels(type(error).__name__).inc()
+        pause = self._backoff()
+        _log.warning("back to the markers", problem=str(error), pause_seconds=pause)
+        self._rows.drop()
+        if self._placed and self._cooperative:
+            consumer.incremental_unassign(self._companions(self._placed))
+        elif self._placed:
+            consumer.assign([])
+        self._placed.clear()
+        self._targets.clear()
+        self._unmarked.clear()
+        self._place_due = self._clock.monotonic() + pause
+
+    def _backoff(self) -> float:
+        pause = self._backoff_seconds
+        self._backoff_seconds = min(2 * pause, _BACKOFF_SECONDS[1])
+        return pause
+
+    # --- how far it has come ---
+
+    def _move_markers(self, consumer: Consumer, *, now: bool = False) -> None:
+        moment = self._clock.monotonic()
+        if self._unmarked and (now or moment >= self._marker_due):
+            self._marker_due = moment + self._settings.streams.marker_interval_ms / 1000
+            for partition in sorted(self._unmarked):
+                self._mark(partition)
+            self._unmarked.clear()
+        if self._placed and (now or moment >= self._commit_due):
+            self._commit_due = moment + _COMMIT_SECONDS
+            self._commit_offsets(consumer)
+
+    def _mark(self, partition: int) -> None:
+        done = {topic: self._processed.get((topic, partition), -1) for topic in self._topics.user_keyed}
+        offsets = {(self._sources[topic], partition): offset for topic, offset in done.items() if offset >= 0}
+        self._rows.write_marker(partition, offsets)
+
+    def _commit_offsets(self, consumer: Consumer) -> None:
+        """Tells the group how far this worker has come. Only tools that show lag read it."""
+        offsets = [
+            TopicPartition(topic, partition, self._processed[topic, partition] + 1)
+            for partition in self._placed
+            for topic in self._topics.user_keyed
+            if self._processed.get((topic, partition), -1) >= 0
+        ]
+        try:
+            if offsets:
+                consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            _log.debug("offsets not committed", problem=str(error))
+        for where in [where for where, target in self._targets.items() if self._processed[where] < target]:
+            low, _ = consumer.get_watermark_offsets(TopicPartition(*where), timeout=_METADATA_SECONDS)
+            if low > self._targets[where]:
+                # Kafka no longer has what the event log lacks: there is nothing to wait for.
+                del self._targets[where]
+
+    def _drain(self, consumer: Consumer) -> None:
+        try:
+            self._move_markers(consumer, now=True)
+        except StageError as error:
+            _log.warning("markers not written at the end; the next worker reads a little more", problem=str(error))
+        self._broadcast.tick(now=True)
+
+    # --- what the group says; called inside consume() ---
+
+    def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        _log.info("assigned", partitions=sorted(tp.partition for tp in assigned))
+        self._assigned_once = True
+        self._owned.update(tp.partition for tp in assigned)
+        # Nothing is read before its marker is known: see _place.
+        if self._cooperative:
+            consumer.incremental_assign([])
+        else:
+            consumer.assign([])
+
+    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        partitions = {tp.partition for tp in revoked}
+        _log.info("revoked", partitions=sorted(partitions))
+        try:
+            for partition in sorted(partitions & self._unmarked):
+                self._mark(partition)
+        except StageError as error:
+            _log.warning("marker not written; the next worker reads a little more", problem=str(error))
+        self._give_up(consumer, partitions)
+
+    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
+        partitions = {tp.partition for tp in lost}
+        _log.warning("lost to another worker", partitions=sorted(partitions))
+        self._give_up(consumer, partitions)
+
+    def _give_up(self, consumer: Consumer, partitions: set[int]) -> None:
+        reading = partitions & self._placed
+        self._forget(partitions)
+        if self._cooperative:
+            consumer.incremental_unassign(self._companions(reading))
+        else:
+            consumer.unassign()
+
+    def _forget(self, partitions: set[int]) -> None:
+        gone = set(partitions)
+        if self._sink is not None:
+            self._sink.close(self._wheres(gone & self._placed))
+        self._rows.drop(gone)
+        self._owned -= gone
+        self._placed -= gone
+        self._unmarked -= gone
+        for where in self._wheres(gone):
+            self._processed.pop(where, None)
+            self._targets.pop(where, None)
+
+    def _wheres(self, partitions: set[int]) -> list[Where]:
+        return [(topic, partition) for partition in sorted(partitions) for topic in self._topics.user_keyed]
+
+    def _companions(self, partitions: set[int]) -> list[TopicPartition]:
+        return [TopicPartition(topic, partition) for topic, partition in self._wheres(partitions)]
+
+    # --- the consumer ---
+
+    def _check_partitions(self, consumer: Consumer) -> None:
+        """Asks for each topic by name (which also makes its leaders known); the counts must agree."""
+        counts: dict[str, int] = {}
+        for topic in self._topics.user_keyed:
+            metadata = consumer.list_topics(topic, timeout=_METADATA_SECONDS).topics[topic]
+            if metadata.error is not None:
+                raise StageError("kafka", f"{topic}: {metadata.error.str()}; make it with `headrace topics`")
+            counts[topic] = len(metadata.partitions)
+        if len(set(counts.values())) != 1:
+            told = ", ".join(f"{topic} has {count}" for topic, count in counts.items())
+            raise StageError("kafka", f"the user-keyed topics need one partition count ({told}); make them anew")
+
+    def _consumer_config(self) -> dict[str, Any]:
+        streams = self._settings.streams
+        config: dict[str, Any] = {
+            **client_config(self._settings.kafka),
+            "group.id": streams.group_id,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",
+            "fetch.wait.max.ms": self._settings.kafka.fetch_wait_max_ms,
+            "queued.max.messages.kbytes": _QUEUE_KB,
+        }
+        if streams.group_protocol == "consumer":
+            config["group.protocol"] = "consumer"
+        else:
+            config["partition.assignment.strategy"] = streams.group_protocol
+            config["session.timeout.ms"] = streams.session_timeout_ms
+            config["heartbeat.interval.ms"] = max(1, streams.session_timeout_ms // 3)
+        return config

@@ -1,0 +1,320 @@
+"""The rows that the stream owns, in memory and in the online store: read, compared and set, never overwritten blindly.
+
+Sits between the reader and features/stores/online.py. Order of a batch, on one connection: item partials, then user
+rows, then (called by the reader) the partition's marker. Invariant: a row in memory is what was last read or written,
+offsets and all; after any StageError that is no longer known, so the caller drops everything and goes back.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from core.errors import MalformedEventError, StageError
+from core.settings import FeaturesSettings
+from core.telemetry import get_logger
+from features import item_stats, windows
+from features.definitions import ITEM_STATS, USER_STATE, ColumnType, View
+from features.item_stats import ItemPartial
+from features.stores.layout import Cell, decode_cell, encode_cell
+from features.stores.online import ABSENT, OnlineStore, Row, Write
+from features.windows import UserState, decode_offsets, encode_offsets
+from headrace.v1.events_pb2 import ItemStats
+from headrace.v1.store_pb2 import SourceOffsets
+from streams import metrics, processor
+from streams.processor import Changes, ItemKey, Received
+
+_log = get_logger("streams.rows")
+
+# Somebody else wins the race for one row again and again: then something is wrong that waiting will not mend.
+_ATTEMPTS = 50
+# An item's partial sums are a few hundred bytes, a user's state a few thousand.
+_ITEMS_PER_USER = 4
+
+Offsets = dict[tuple[int, int], int]
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class RowsChangedError(StageError):
+    """The store holds an older row or marker than what was written: it has lost something."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("redis", f"{what} is older than what was written; go back to the marker")
+
+
+@dataclass(slots=True)
+class _Entry(Generic[V]):
+    """A row and the raw bytes of the offsets column that it was read or written with."""
+
+    value: V
+    raw: bytes
+    partition: int
+
+
+@dataclass(slots=True)
+class Applied:
+    """What became of a batch."""
+
+    # By topic and outcome.
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    # Users whose vector is out of date now.
+    dirty: set[str] = field(default_factory=set)
+    # Statistics as written: headrace.v1.ItemStats by item and partition.
+    stats: dict[ItemKey, bytes] = field(default_factory=dict)
+    # Messages whose user has a row that cannot be read, and why.
+    refused: list[tuple[Received, str]] = field(default_factory=list)
+    watermark_ms: int = 0
+
+
+class Rows:
+    """User states and item partials of the partitions that this worker owns. Not thread-safe."""
+
+    def __init__(self, store: OnlineStore, settings: FeaturesSettings, capacity: int) -> None:
+        self._store = store
+        self._settings = settings
+        self._capacity = capacity
+        self._users: OrderedDict[str, _Entry[UserState]] = OrderedDict()
+        self._items: OrderedDict[ItemKey, _Entry[ItemPartial]] = OrderedDict()
+        self._markers: dict[int, Offsets] = {}
+        # Partitions of rows that were just read, until the store has proved to be the one that was written to.
+        self._unproven: set[int] = set()
+
+    def read_marker(self, partition: int) -> Offsets:
+        """The partition's marker, which from now on is expected to stay as this worker leaves it."""
+        self._markers[partition] = self._store.read_marker(partition)
+        return self._markers[partition]
+
+    def write_marker(self, partition: int, offsets: Offsets) -> None:
+        """Moves the marker forward; what it holds of other sources stays."""
+        before = self._markers.get(partition, {})
+        marker = {**before, **{where: max(offset, before.get(where, -1)) for where, offset in offsets.items()}}
+        if marker != before:
+            self._store.write_marker(partition, marker)
+            self._markers[partition] = marker
+
+    def drop(self, partitions: Iterable[int] | None = None) -> None:
+        """Forgets the rows of some partitions, or everything."""
+        if partitions is None:
+            self._users.clear()
+            self._items.clear()
+            self._markers.clear()
+            self._unproven.clear()
+            return
+        gone = set(partitions)
+        _drop_from(self._users, gone)
+        _drop_from(self._items, gone)
+        for partition in gone:
+            self._markers.pop(partition, None)
+        self._unproven -= gone
+
+    def commit(self, batch: Sequence[Received]) -> Applied:
+        """Applies a batch and writes its rows.
+
+        Raises:
+            StageError: the store did not take everything, or has lost something; drop the rows, go back to the marker.
+        """
+        applied = Applied()
+        for _ in range(_ATTEMPTS):
+            batch = self._load_users(batch, applied)
+            if not batch:
+                self._shrink()
+                return applied
+            states = {received.event.user_id: self._users[received.event.user_id].value for received in batch}
+            changes = processor.apply(batch, states, self._settings)
+            self._write_items(changes, applied)
+            beaten = self._write_users(changes)
+            self._tell(batch, changes, beaten, applied)
+            batch = [received for received in batch if received.event.user_id in beaten]
+        raise StageError("redis", f"rows of {len(batch)} events were changed by others {_ATTEMPTS} times; going back")
+
+    # --- users ---
+
+    def _load_users(self, batch: Sequence[Received], applied: Applied) -> Sequence[Received]:
+        partition_of = {received.event.user_id: received.raw.partition for received in batch}
+        missing = self._missing(self._users, partition_of)
+        if not missing:
+            return batch
+        rows = self._store.read(USER_STATE, [(user_id,) for user_id in missing], ("state", "offsets"))
+        refused: dict[str, str] = {}
+        for user_id, row in zip(missing, rows, strict=True):
+            try:
+                state = windows.decode(_bytes(row, "state"))
+            except MalformedEventError as error:
+                refused[user_id] = f"the user's row cannot be read: {error}"
+                continue
+            self._users[user_id] = _Entry(state, row.raw.get("offsets", ABSENT), partition_of[user_id])
+        self._unproven.update(partition_of.values())
+        if not refused:
+            return batch
+        applied.refused += [
+            (received, refused[received.event.user_id]) for received in batch if received.event.user_id in refused
+        ]
+        return [received for received in batch if received.event.user_id not in refused]
+
+    def _write_users(self, changes: Changes) -> set[str]:
+        """Writes the changed users; returns those whose row somebody else had changed."""
+        changed = list(changes.users)
+        writes, raws = [], []
+        for user_id in changed:
+            entry = self._users[user_id]
+            state = entry.value
+            write, raw = _guarded(
+                USER_STATE,
+                (user_id,),
+                state.offsets,
+                entry.raw,
+                {
+                    "state": windows.encode(state),
+                    "revision": state.revision,
+                    "watermark_ms": state.watermark_ms,
+                },
+            )
+            writes.append(write)
+            raws.append(raw)
+        beaten: set[str] = set()
+        for user_id, raw, done in zip(changed, raws, self._write(writes), strict=True):
+            if done:
+                self._users[user_id].raw = raw
+            else:
+                beaten.add(user_id)
+        self._reload_beaten(beaten)
+        return beaten
+
+    def _reload_beaten(self, users: set[str]) -> None:
+        if not users:
+            return
+        metrics.CONFLICTS.labels(USER_STATE.name).inc(len(users))
+        keys = sorted(users)
+        rows = self._store.read(USER_STATE, [(user_id,) for user_id in keys], ("offsets",))
+        for user_id, row in zip(keys, rows, strict=True):
+            _check_not_older(f"the row of user {user_id!r}", self._users.pop(user_id).raw, row)
+
+    # --- items ---
+
+    def _write_items(self, changes: Changes, applied: Applied) -> None:
+        pending = changes.items
+        for _ in range(_ATTEMPTS):
+            self._load_items(pending)
+            writes, raws, keys = [], [], []
+            for key, events in pending.items():
+                entry = self._items[key]
+                if not processor.count(entry.value, events, self._settings):
+                    continue
+                stats = item_stats.encode(*key, entry.value, self._settings).SerializeToString(deterministic=True)
+                cells: dict[str, Cell] = {"stats": stats, "revision": entry.value.revision}
+                write, raw = _guarded(ITEM_STATS, (key[0], str(key[1])), entry.value.offsets, entry.raw, cells)
+                writes.append(write)
+                raws.append((raw, stats))
+                keys.append(key)
+            beaten = []
+            for key, (raw, stats), done in zip(keys, raws, self._write(writes), strict=True):
+                if done:
+                    self._items[key].raw = raw
+                    applied.stats[key] = stats
+                else:
+                    beaten.append(key)
+            if not beaten:
+                return
+            self._check_beaten_items(beaten)
+            pending = {key: pending[key] for key in beaten}
+        raise StageError("redis", f"{len(pending)} item rows were changed by others {_ATTEMPTS} times; going back")
+
+    def _check_beaten_items(self, keys: list[ItemKey]) -> None:
+        metrics.CONFLICTS.labels(ITEM_STATS.name).inc(len(keys))
+        rows = self._store.read(ITEM_STATS, [(item_id, str(partition)) for item_id, partition in keys], ("offsets",))
+        for key, row in zip(keys, rows, strict=True):
+            _check_not_older(f"the row of item {key[0]!r}", self._items.pop(key).raw, row)
+
+    def _load_items(self, wanted: Mapping[ItemKey, object]) -> None:
+        missing = self._missing(self._items, wanted)
+        if not missing:
+            return
+        keys = [(item_id, str(partition)) for item_id, partition in missing]
+        for key, row in zip(missing, self._store.read(ITEM_STATS, keys, ("stats", "offsets")), strict=True):
+            partial = _partial(key, _bytes(row, "stats"))
+            self._items[key] = _Entry(partial, row.raw.get("offsets", ABSENT), key[1])
+            self._unproven.add(key[1])
+
+    # --- both ---
+
+    @staticmethod
+    def _missing(cache: OrderedDict[K, _Entry[V]], wanted: Mapping[K, object]) -> list[K]:
+        """What is not in memory; what is becomes the newest."""
+        missing = []
+        for key in wanted:
+            if key in cache:
+                cache.move_to_end(key)
+            else:
+                missing.append(key)
+        return missing
+
+    def _write(self, writes: list[Write]) -> list[bool]:
+        """Writes rows. What was read before counts only if the store still holds this worker's markers."""
+        if self._unproven:
+            partitions = sorted(self._unproven)
+            for partition, marker in zip(partitions, self._store.read_markers(partitions), strict=True):
+                if marker != self._markers.get(partition, {}):
+                    raise RowsChangedError(f"the marker of partition {partition}")
+            self._unproven.clear()
+        return self._store.write(writes)
+
+    def _shrink(self) -> None:
+        while len(self._users) > self._capacity:
+            self._users.popitem(last=False)
+        while len(self._items) > self._capacity * _ITEMS_PER_USER:
+            self._items.popitem(last=False)
+        metrics.CACHED_ROWS.labels(USER_STATE.name).set(len(self._users))
+        metrics.CACHED_ROWS.labels(ITEM_STATS.name).set(len(self._items))
+
+    @staticmethod
+    def _tell(batch: Sequence[Received], changes: Changes, beaten: set[str], applied: Applied) -> None:
+        applied.dirty |= changes.dirty - beaten
+        for received, outcome in zip(batch, changes.outcomes, strict=True):
+            if received.event.user_id not in beaten:
+                applied.outcomes[received.raw.topic, outcome.name.lower()] += 1
+                applied.watermark_ms = max(applied.watermark_ms, received.event.time_ms)
+
+
+def _drop_from(cache: OrderedDict[K, _Entry[V]], partitions: set[int]) -> None:
+    for key in [key for key, entry in cache.items() if entry.partition in partitions]:
+        del cache[key]
+
+
+def _guarded(
+    view: View, key: tuple[str, ...], offsets: Offsets, expected: bytes, cells: dict[str, Cell]
+) -> tuple[Write, bytes]:
+    """A write that takes effect only on the row as it was, and the raw offsets that it leaves."""
+    value = SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
+    cells["offsets"] = value
+    return Write(view, key, cells, "offsets", expected), encode_cell(ColumnType.BYTES, value)
+
+
+def _partial(key: ItemKey, stored: bytes) -> ItemPartial:
+    if not stored:
+        return ItemPartial()
+    try:
+        return item_stats.decode(ItemStats.FromString(stored))
+    except DecodeError as error:
+        # Statistics are not worth a standstill of the partition.
+        _log.error("item row cannot be read and begins anew; rebuild it", item=key[0], problem=str(error))
+        return ItemPartial()
+
+
+def _bytes(row: Row, name: str) -> bytes:
+    cell = row.cells.get(name, b"")
+    return cell if isinstance(cell, bytes) else b""
+
+
+def _check_not_older(what: str, ours: bytes, row: Row) -> None:
+    """Raises RowsChangedError where the stored row misses something that this worker read or wrote before."""
+    stored = _offsets(row.raw.get("offsets", ABSENT))
+    if any(offset > stored.get(where, -1) for where, offset in _offsets(ours).items()):
+        raise RowsChangedError(what)
+
+
+def _offsets(raw: bytes) -> Offsets:
+    value = decode_cell(ColumnType.BYTES, raw)
+    return decode_offsets(SourceOffsets.FromString(value).offsets) if isinstance(value, bytes) else {}

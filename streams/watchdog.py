@@ -1,0 +1,89 @@
+"""The watchdog: asks the broker how long each partition is, and notices when one does not move.
+
+Outside the consumer, on a thread and a connection of its own, because a consumer that hangs cannot say so. Invariant:
+a partition counts as stalled only while it has messages that are not processed.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+
+from core.clock import Clock, SystemClock
+from core.kafka import client_config
+from core.settings import Settings
+from core.telemetry import get_logger
+from streams import metrics
+
+_log = get_logger("streams.watchdog")
+
+Where = tuple[str, int]
+_REQUEST_SECONDS = 5.0
+
+
+class Watchdog:
+    """Lag and stalls of the partitions that `processed` names (newest processed offset, -1 for none)."""
+
+    def __init__(
+        self, settings: Settings, processed: Callable[[], Mapping[Where, int]], clock: Clock | None = None
+    ) -> None:
+        self._settings = settings
+        self._processed = processed
+        self._clock = clock or SystemClock()
+        self._stall_seconds = settings.streams.stall_timeout_ms / 1000
+        # Where each partition was when it last moved, and when that was.
+        self._moved: dict[Where, tuple[int, float]] = {}
+        self._stalled: list[Where] = []
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def problem(self) -> str | None:
+        """The partitions that do not move, or nothing."""
+        if not self._stalled:
+            return None
+        names = ", ".join(f"{topic}/{partition}" for topic, partition in self._stalled[:3])
+        return f"{len(self._stalled)} partitions have not moved for {self._stall_seconds:g} s: {names}"
+
+    def look(self, ends: Mapping[Where, int], processed: Mapping[Where, int]) -> None:
+        """Compares where the partitions end (next offset) with how far they are processed."""
+        now = self._clock.monotonic()
+        stalled = []
+        for where in [where for where in self._moved if where not in processed]:
+            del self._moved[where]
+        for where, offset in processed.items():
+            lag = max(0, ends.get(where, 0) - 1 - offset)
+            metrics.LAG.labels(where[0], str(where[1])).set(lag)
+            before = self._moved.get(where)
+            if before is None or before[0] != offset or lag == 0:
+                self._moved[where] = (offset, now)
+            elif now - before[1] >= self._stall_seconds:
+                stalled.append(where)
+        metrics.STALLED.set(len(stalled))
+        self._stalled = sorted(stalled)
+
+    def _run(self) -> None:
+        admin = AdminClient(client_config(self._settings.kafka))
+        pause = min(2.0, self._stall_seconds / 4)
+        while not self._stopping.wait(pause):
+            processed = self._processed()
+            try:
+                if processed:
+                    self.look(self._ends(admin, processed), processed)
+            except (KafkaException, TimeoutError) as error:
+                # Kafka is away: nothing can be said about lag, and the reader says that itself.
+                _log.debug("no offsets from kafka", problem=str(error))
+
+    @staticmethod
+    def _ends(admin: AdminClient, wheres: Mapping[Where, int]) -> dict[Where, int]:
+        asked = {TopicPartition(*where): OffsetSpec.latest() for where in wheres}  # type: ignore[no-untyped-call]
+        answers = admin.list_offsets(asked, request_timeout=_REQUEST_SECONDS)
+        return {(tp.topic, tp.partition): future.result(_REQUEST_SECONDS).offset for tp, future in answers.items()}
