@@ -14,10 +14,8 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
-
 from core.errors import StageError
+from devstack.mock_cluster import start_mock_cluster
 from devstack.processes import ProcessSpec, python_module, tcp_problem
 
 # The mock has this many partitions per topic, always.
@@ -40,12 +38,7 @@ def run_broker(announce: Path | None) -> None:
     signals = {signal.SIGTERM, signal.SIGINT}
     # Before librdkafka starts its threads: they inherit the mask, and the signal waits for us.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    broker = AdminClient({"bootstrap.servers": "127.0.0.1", "test.mock.num.brokers": 1, "log_level": 3})
-    try:
-        brokers = broker.list_topics(timeout=10).brokers.values()
-    except KafkaException as error:
-        raise StageError("kafka", f"the embedded broker does not start: {error.args[0].str()}") from error
-    address = ",".join(f"{each.host}:{each.port}" for each in brokers)
+    address, _cluster = start_mock_cluster()
     line = json.dumps(asdict(Announcement(address, uuid.uuid4().hex, os.getpid())))
     if announce is None:
         print(line, flush=True)
