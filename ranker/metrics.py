@@ -1,0 +1,21 @@
+"""Metrics of the ranker service.
+
+Invariant: labels have few values (outcomes, reasons), never ids.
+"""
+
+from prometheus_client import Histogram
+
+from core.telemetry import counter, gauge, histogram_ms
+
+request_ms = histogram_ms("ranker", "request_ms", "Time of a RankCandidates call, from the handler's start.")
+refused = counter("ranker", "refused", "Calls that were refused or given up.", ("reason",))
+batch_users = Histogram("headrace_ranker_batch_users", "Users scored together.", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+queue_ms = histogram_ms("ranker", "queue_ms", "Time from arrival to the start of the batch.")
+batch_ms = histogram_ms("ranker", "batch_ms", "Time of a batch: features, model, calibration.")
+dropped_users = counter("ranker", "dropped_users", "Users whose call was over before their turn; never computed.")
+candidates = counter("ranker", "candidates", "Candidates scored.")
+unknown_candidates = counter("ranker", "unknown_candidates", "Candidates that the catalogue does not know.")
+not_finite = counter("ranker", "not_finite", "Inputs and scores that were not finite and were replaced.")
+malformed = counter("ranker", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))
+loads = counter("ranker", "bundle_loads", "Bundles loaded or refused.", ("outcome",))
+load_time = gauge("ranker", "bundle_load_time_seconds", "When the bundle that serves was loaded, since the epoch.")

@@ -1,0 +1,166 @@
+"""One release as the ranker holds it: catalogue, statistics and model that agree, and users' jobs on them.
+
+Loaded from a bundle, then kept fresh by one writer (ranker/feed.py). Invariant: a job is scored by one release from
+beginning to end; a bundle whose parts do not fit each other, or whose warm-up fails, refuses to load.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from core.bundle import ITEM_VECTORS, ReleaseBundle
+from core.clock import Clock
+from core.errors import ArtifactError
+from core.settings import Settings
+from features.catalog import Catalog, Floats, Rows
+from features.vectors import SIGNATURE, ranker_input
+from features.windows import Interaction, UserState
+from headrace.v1.events_pb2 import Item, ItemStats
+from ranker import metrics
+from ranker.calibration import load_calibration
+from ranker.model import load_ranker
+from ranker.scorer import Scorer, Scores
+
+_WARM_UP_ROUNDS, _WARM_UP_CANDIDATES = 10, 500
+
+
+@dataclass(frozen=True, slots=True)
+class UserJob:
+    """What is to be ranked for one user: C candidates."""
+
+    release: "Release"
+    state: UserState
+    user_vector: Floats | None
+    item_ids: Sequence[str]
+    # [C] each.
+    retrieval_scores: Floats
+    source_bits: Rows
+    now_ms: int
+
+
+class Release:
+    """What jobs are scored with. Methods that change it are for one thread."""
+
+    def __init__(self, bundle: ReleaseBundle, catalog: Catalog, scorer: Scorer, load_time_ms: int) -> None:
+        self.manifest = bundle.manifest
+        self.catalog = catalog
+        self.scorer = scorer
+        self.load_time_ms = load_time_ms
+
+    @property
+    def model_version(self) -> str:
+        return self.scorer.model.config.model_version
+
+    @property
+    def dimension(self) -> int:
+        return self.scorer.model.config.dimension
+
+    def put_item(self, item: Item) -> None:
+        row = self.catalog.upsert(item)
+        self.scorer.table.put_categories(row, self.catalog.column("categories")[row : row + 1])
+
+    def remove_item(self, item_id: str) -> None:
+        self.catalog.remove(item_id)
+
+    def put_stats(self, stats: ItemStats) -> None:
+        self.catalog.put_stats(stats)
+
+
+def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Release:
+    """Reads the ranker's part of a bundle and tries it out.
+
+    Raises:
+        ArtifactError: a part is missing, broken, does not fit the others, or does not score.
+    """
+    manifest = bundle.manifest
+    if manifest.feature_signature != SIGNATURE:
+        raise ArtifactError(
+            f"bundle {bundle.version} has features {manifest.feature_signature}, this version computes {SIGNATURE}; "
+            "train again with `headrace train`"
+        )
+    model = load_ranker(bundle.path)
+    if model.config.model_version != manifest.model_version:
+        raise ArtifactError(f"bundle {bundle.version} names ranker {manifest.model_version} but holds another")
+    catalog = Catalog(settings.features)
+    for item in bundle.items():
+        catalog.upsert(item)
+    vectors = _item_vectors(bundle)
+    if vectors.shape != (len(catalog), model.config.dimension):
+        raise ArtifactError(
+            f"bundle {bundle.version}: {len(catalog)} items, a ranker for {model.config.dimension} dimensions, but "
+            f"vectors {vectors.shape}; train again with `headrace train`"
+        )
+    device = choose_device(settings.ranker.device)
+    scorer = Scorer(model, vectors, catalog.column("categories"), load_calibration(bundle.path), device)
+    for stats in bundle.item_stats():
+        catalog.put_stats(stats)
+    release = Release(bundle, catalog, scorer, clock.now_ms())
+    warm_up(release, settings)
+    return release
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of the setting `ranker.device`; `auto` is CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArtifactError("ranker.device is cuda but torch sees no CUDA device; set it to auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def score_jobs(jobs: Sequence[UserJob], settings: Settings) -> list[Scores]:
+    """Scores of users, in their order; each by its own release."""
+    scores: dict[int, Scores] = {}
+    for release in {id(job.release): job.release for job in jobs}.values():
+        chosen = [index for index, job in enumerate(jobs) if job.release is release]
+        inputs = []
+        for index in chosen:
+            job = jobs[index]
+            rows = release.catalog.rows(job.item_ids)
+            metrics.candidates.inc(len(rows))
+            metrics.unknown_candidates.inc(int((rows < 0).sum()))
+            inputs.append(
+                ranker_input(
+                    job.state,
+                    release.catalog,
+                    rows,
+                    job.retrieval_scores,
+                    job.source_bits,
+                    job.now_ms,
+                    settings.features,
+                )
+            )
+        made = release.scorer.score(inputs, [jobs[index].user_vector for index in chosen])
+        scores.update(zip(chosen, made, strict=True))
+    replaced = sum(one.replaced_count for one in scores.values())
+    if replaced:
+        metrics.not_finite.inc(replaced)
+    return [scores[index] for index in range(len(jobs))]
+
+
+def warm_up(release: Release, settings: Settings) -> None:
+    """Scores a made-up user: kernels are chosen, memory is there. Raises ArtifactError where no sound score comes."""
+    item_ids = release.catalog.item_ids[:_WARM_UP_CANDIDATES]
+    now_ms = release.manifest.data_watermark_ms + 1000
+    history = [Interaction(now_ms - 1, number, item_id, "click", 1.0) for number, item_id in enumerate(item_ids[:20])]
+    count = len(item_ids)
+    vector = np.full(release.dimension, release.dimension**-0.5, np.float32)
+    state = UserState(revision=len(history), watermark_ms=now_ms - 1, history=history)
+    retrieval = np.linspace(1, 0, count, dtype=np.float32)
+    job = UserJob(release, state, vector, item_ids, retrieval, np.ones(count, np.int32), now_ms)
+    for size in (1, 4) * _WARM_UP_ROUNDS:
+        for scores in score_jobs([job] * size, settings):
+            if scores.replaced_count:
+                raise ArtifactError(
+                    f"bundle {release.manifest.bundle_version}: the ranker's scores are not finite; train again"
+                )
+
+
+def _item_vectors(bundle: ReleaseBundle) -> Floats:
+    try:
+        vectors: Floats = load_file(bundle.file(ITEM_VECTORS))["vectors"].astype(np.float32, copy=False)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ArtifactError(f"bundle {bundle.version}: {ITEM_VECTORS} cannot be read ({error}); train again") from error
+    return vectors
