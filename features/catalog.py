@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from headrace.v1.events_pb2 import Item, ItemStats
 
 from core.codec import to_ms
 from core.settings import FeaturesSettings
 from features import item_stats
 from features.item_stats import ItemPartial
 from features.transforms import category_bucket, stable_hash
+from headrace.v1.events_pb2 import Item, ItemStats
 
 CATEGORIES_PER_ITEM = 4
 # Rows of the rankers' and towers' category tables; 0 is "none".
@@ -140,10 +140,10 @@ class Catalog:
         row = len(self.item_ids)
         if row >= len(self._columns["available"]):
             self._grow(2 * row)
-        # Readers look at `item_ids` for the length: it comes last.
+        # A reader that finds a row must find its columns: the name comes last, behind the length that `column` reads.
         self.items.append(Item(item_id=item_id))
-        self._row_of[item_id] = row
         self.item_ids.append(item_id)
+        self._row_of[item_id] = row
         return row
 
     def _grow(self, capacity: int) -> None:
