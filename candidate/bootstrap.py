@@ -11,7 +11,7 @@ import faiss
 import torch
 
 from candidate.executor import Job, WorkExecutor
-from candidate.feed import Snapshots
+from candidate.feed import AWAY_SECONDS, Snapshots
 from candidate.retriever import Retriever
 from candidate.service import CandidateService
 from candidate.snapshot import Snapshot
@@ -31,8 +31,6 @@ from headrace.v1.candidate_service_pb2_grpc import add_CandidateServiceServicer_
 _log = get_logger("candidate")
 
 SERVICE = "headrace.v1.CandidateService"
-# Kafka may be away for hours; the bundle is enough to answer from.
-CATCH_UP_SECONDS = 10.0
 _WARM_UP_ROUNDS, _WARM_UP_ITEMS, _WARM_UP_MS = 20, 20, 60_000
 
 
@@ -54,7 +52,8 @@ async def serve(settings: Settings, process: Process) -> None:
         await server.start()
         snapshots.feed.start()
         await asyncio.to_thread(warm_up, retriever, snapshots.current, settings)
-        await catch_up(snapshots, process)
+        if not await asyncio.to_thread(snapshots.feed.catch_up, AWAY_SECONDS, process.stopping.is_set):
+            _log.warning("kafka is away: serving the bundle's items, news follow when it is back")
         freeze_heap()
         watcher = asyncio.create_task(snapshots.watch())
         is_ready = True
@@ -74,16 +73,6 @@ async def serve(settings: Settings, process: Process) -> None:
 def make_sources() -> list[CandidateSource]:
     """The sources, in the order in which they are asked."""
     return [AnnSource(), ItemToItemSource(), TrendingSource(), NewSource()]
-
-
-async def catch_up(snapshots: Snapshots, process: Process) -> None:
-    """Waits for the item topics, but not for ever."""
-    end = Deadline.after_ms(CATCH_UP_SECONDS * 1000)
-    while not snapshots.feed.has_caught_up and not process.stopping.is_set():
-        if end.expired():
-            _log.warning("kafka is away: serving the bundle's items, news follow when it is back")
-            return
-        await asyncio.to_thread(snapshots.feed.wait, 0.05)
 
 
 def warm_up(retriever: Retriever, snapshot: Snapshot, settings: Settings) -> None:

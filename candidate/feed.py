@@ -5,11 +5,12 @@ serves in place; Kafka being away delays news and never ends the service.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from candidate import metrics
 from candidate.snapshot import Snapshot, load_snapshot
 from core import bundle as bundles
+from core.clock import SystemClock
 from core.codec import check_item, decode
 from core.errors import ArtifactError, MalformedEventError
 from core.kafka import Record, TopicFollower
@@ -19,8 +20,9 @@ from core.topics import Topics
 from headrace.v1.events_pb2 import Item, ItemStats
 
 _log = get_logger("candidate")
-# A new bundle's snapshot waits so long for the topics before it serves with what it has.
-_SWAP_WAIT_SECONDS = 30.0
+# Kafka counts as away when the topics, not yet caught up with, bring nothing for this long. It may be away for hours:
+# the bundle is enough to answer from.
+AWAY_SECONDS = 5.0
 
 
 class CatalogFeed:
@@ -35,8 +37,11 @@ class CatalogFeed:
             self.apply,
             _start_offsets(snapshot.manifest, settings),
         )
+        self._clock = SystemClock()
+        self._heard_at = self._clock.monotonic()
 
     def start(self) -> None:
+        self._heard_at = self._clock.monotonic()
         self._follower.start()
 
     def stop(self) -> None:
@@ -46,12 +51,16 @@ class CatalogFeed:
     def has_caught_up(self) -> bool:
         return self._follower.caught_up.is_set()
 
-    def wait(self, timeout_seconds: float) -> bool:
-        """Whether everything that was in the topics at the start is applied, within the time given."""
-        return self._follower.caught_up.wait(timeout_seconds)
+    def catch_up(self, away_seconds: float, is_stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Waits until what was in the topics at the start is applied; False where Kafka is away (or on stopping)."""
+        while not self._follower.caught_up.wait(0.05):
+            if is_stopping() or self._clock.monotonic() - self._heard_at > away_seconds:
+                return False
+        return True
 
     def apply(self, records: list[Record]) -> None:
         """Applies messages in order; those that cannot be read are counted and left out."""
+        self._heard_at = self._clock.monotonic()
         for record in records:
             try:
                 self._apply_one(record)
@@ -113,7 +122,8 @@ class Snapshots:
     def _swap(self) -> None:
         snapshot, feed = self._open()
         feed.start()
-        if not feed.wait(_SWAP_WAIT_SECONDS):
+        # Where the old one hears nothing either, there is nothing to wait for.
+        if not feed.catch_up(AWAY_SECONDS if self.feed.has_caught_up else 0.0):
             _log.warning("kafka is away: the new bundle serves without what came since it was made")
         before, self.feed, self._snapshot = self.feed, feed, snapshot
         before.stop()

@@ -1,0 +1,61 @@
+"""Merging: each item once, nobody beyond the limit, each source its share."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from candidate.sources import Hits, merge, scaled_quotas
+
+NAMES = ("ann", "item_to_item", "trending", "new")
+
+
+def hits(*rows: int, start: float = 1.0) -> Hits:
+    return Hits(np.array(rows, np.int64), np.array([start - 0.01 * rank for rank in range(len(rows))], np.float32))
+
+
+sources = st.dictionaries(
+    st.sampled_from(NAMES), st.lists(st.integers(0, 60), unique=True, max_size=40).map(lambda rows: hits(*rows))
+)
+
+
+@given(sources, st.integers(1, 100))
+def test_every_candidate_comes_once_with_all_who_proposed_it(found: dict[str, Hits], limit: int) -> None:
+    merged = merge(found, dict.fromkeys(NAMES, 10), limit)
+    everything = {row for hit in found.values() for row in hit.rows.tolist()}
+    rows = [candidate.row for candidate in merged]
+    assert len(rows) == len(set(rows)) == min(limit, len(everything))
+    assert set(rows) <= everything
+    for candidate in merged:
+        proposers = {name for name, hit in found.items() if candidate.row in hit.rows}
+        assert {part.source for part in candidate.proposals} == proposers
+        assert candidate.score == max(part.score for part in candidate.proposals)
+        for part in candidate.proposals:
+            assert found[part.source].rows[part.rank] == candidate.row
+
+
+def test_under_a_low_limit_each_source_keeps_its_share() -> None:
+    found = {"ann": hits(*range(400)), "trending": hits(*range(1000, 1100), start=99.0)}
+    merged = merge(found, {"ann": 400, "trending": 100}, 100)
+    from_ann = sum(candidate.row < 1000 for candidate in merged)
+    assert from_ann == pytest.approx(80, abs=1)
+
+
+def test_the_first_of_each_source_is_always_in() -> None:
+    found = {"ann": hits(*range(400)), "new": hits(7000, 7001)}
+    rows = [candidate.row for candidate in merge(found, {"ann": 400, "new": 30}, 2)]
+    assert set(rows) == {0, 7000}
+
+
+@given(
+    st.dictionaries(st.sampled_from(NAMES), st.integers(0, 500), min_size=1),
+    st.lists(st.sampled_from(NAMES), unique=True),
+    st.integers(1, 2000),
+)
+def test_scaled_quotas_can_fill_what_is_wanted(quotas: dict[str, int], running: list[str], wanted: int) -> None:
+    scaled = scaled_quotas(quotas, running, wanted)
+    assert set(scaled) == set(running)
+    if any(quotas.get(name, 0) for name in running):
+        assert sum(scaled.values()) >= wanted or max(scaled.values()) == wanted
+    assert all(scaled[name] == 0 for name in running if not quotas.get(name, 0))
+    assert all(quota <= wanted for quota in scaled.values())
