@@ -152,6 +152,7 @@ class TopicFollower:
         self._on_records = on_records
         self._start_offsets = dict(start_offsets or {})
         self._targets: dict[tuple[str, int], int] = {}
+        self._problem = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="topic-follower", daemon=True)
         self.caught_up = threading.Event()
@@ -178,18 +179,25 @@ class TopicFollower:
             try:
                 self._follow(consumer)
             except KafkaException as error:
-                _log.warning(
-                    "topic follower lost kafka, trying again",
-                    kafka=self._settings.bootstrap_servers,
-                    error=str(error.args[0]),
-                )
+                self._tell(str(error.args[0]))
                 self._stopping.wait(0.5)
             finally:
                 consumer.close()
 
+    def _tell(self, problem: str) -> None:
+        """One line a problem, however long it lasts."""
+        if problem != self._problem:
+            _log.warning(
+                "topic follower lost kafka, trying again", kafka=self._settings.bootstrap_servers, error=problem
+            )
+        self._problem = problem
+
     def _follow(self, consumer: Consumer) -> None:
         assignment = self._assignment(consumer)
         consumer.assign(assignment)
+        if self._problem:
+            _log.info("topic follower is back", topics=self._topics)
+            self._problem = ""
         while not self._stopping.is_set():
             messages = consumer.consume(1000, 0.02)
             records = []

