@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from core.settings import Settings
 from features.catalog import Catalog, Floats
@@ -162,6 +164,7 @@ class _Predictor:
         self.replay = Replay(items, settings.features)
         self.total = self.warm_total = self.unknown_items = 0
         self._count = len(items)
+        self._row_of = {item.item_id: row for row, item in enumerate(items)}
         self._settings = settings
         self._log, self._split_ms = log, split_ms
         self._positive = frozenset(settings.features.positive_kinds)
@@ -174,27 +177,27 @@ class _Predictor:
 
     def predict(self, models: Models, limit: int | None, reporter: Reporter) -> list[Quality]:
         """Predicts about `limit` moments, all where it is None."""
-        moments = self._moments()
+        moments, number = self._moments(), 0
         every = max(1, round(moments / limit)) if limit else 1
         waiting: list[Group] = []
         with reporter.bar("predicting", moments) as advance:
-            for number, group in enumerate(self.replay.groups(read_entries(self._log, start_ms=self._split_ms))):
+            for group in self.replay.groups(read_entries(self._log, start_ms=self._split_ms)):
                 if waiting and waiting[0].time_ms < group.time_ms:
                     for earlier in waiting:
                         self._observe(earlier)
                     waiting.clear()
-                if number % every == 0:
-                    self._predict_group(group, models)
                 waiting.append(group)
+                targets = self._targets(group)
+                if not len(targets):
+                    continue
+                if number % every == 0:
+                    self._predict_group(group, targets, models)
+                number += 1
                 advance(1)
         return [tally.quality() for tally in self._tallies]
 
-    def _predict_group(self, group: Group, models: Models) -> None:
-        catalog = self.replay.catalog
-        seen = self._seen.get(group.user_id, set())
-        targets = self._targets(group, catalog, seen)
-        if not len(targets):
-            return
+    def _predict_group(self, group: Group, targets: npt.NDArray[np.int64], models: Models) -> None:
+        catalog, seen = self.replay.catalog, self._seen.get(group.user_id, set())
         now_ms, state = group.time_ms, self.replay.state(group.user_id)
         known = (self.replay.known_items(now_ms) & catalog.servable(now_ms))[: self._count]
         warm = group.user_id in self._warm
@@ -226,21 +229,26 @@ class _Predictor:
         (scores,) = models.rank([state], catalog, [pool], now_ms)
         return pool, scores
 
-    def _targets(self, group: Group, catalog: Catalog, seen: set[int]) -> npt.NDArray[np.int64]:
+    def _targets(self, group: Group) -> npt.NDArray[np.int64]:
         """What the user chose at that time for the first time."""
+        seen = self._seen.get(group.user_id, set())
         chosen = dict.fromkeys(event.item_id for event in group.events if event.kind in self._positive)
-        rows = (catalog.row(item_id) for item_id in chosen)
-        return np.array([row for row in rows if 0 <= row < self._count and row not in seen], np.int64)
+        rows = (self._row_of.get(item_id, -1) for item_id in chosen)
+        return np.array([row for row in rows if row >= 0 and row not in seen], np.int64)
 
     def _observe(self, group: Group) -> None:
         seen = self._seen.setdefault(group.user_id, set())
         for event in group.events:
-            row = self.replay.catalog.row(event.item_id)
-            if event.kind in self._positive and 0 <= row < self._count:
+            row = self._row_of.get(event.item_id, -1)
+            if event.kind in self._positive and row >= 0:
                 for baseline in self._baselines:
                     baseline.observe(group.user_id, row, group.time_ms)
                 seen.add(row)
 
     def _moments(self) -> int:
-        events = self._log.events(self._split_ms, columns=["user_id", "event_time"])
-        return int(events.group_by(["user_id", "event_time"]).aggregate([]).num_rows)
+        """How many groups have something to predict."""
+        events = self._log.events(columns=["user_id", "item_id", "kind", "event_time"])
+        chosen = events.filter(pc.is_in(events["kind"].cast(pa.string()), pa.array(sorted(self._positive))))
+        first = chosen.group_by(["user_id", "item_id"]).aggregate([("event_time", "min")])
+        tested = first.filter(pc.greater_equal(first["event_time_min"].cast(pa.int64()), self._split_ms))
+        return int(tested.group_by(["user_id", "event_time_min"]).aggregate([]).num_rows)

@@ -1,5 +1,6 @@
 """A small simulated shop, one quick training of it, and a real Redis, for all offline tests."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from core.bundle import ReleaseBundle
 from core.settings import Settings, load_settings
@@ -32,6 +34,15 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("HEADRACE_") or name in ("REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command sends all logs to its own stderr, which is closed when it is done."""
+    before = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = before
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
