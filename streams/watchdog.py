@@ -32,7 +32,7 @@ class Watchdog:
         self._processed = processed
         self._clock = clock or SystemClock()
         self._stall_seconds = settings.streams.stall_timeout_ms / 1000
-        # Where each partition was when it last moved, and when that was.
+        # Of partitions with lag: where each was when it was first seen there, and when that was.
         self._moved: dict[Where, tuple[int, float]] = {}
         self._stalled: list[Where] = []
         self._stopping = threading.Event()
@@ -63,7 +63,9 @@ class Watchdog:
             lag = max(0, ends.get(where, 0) - 1 - offset)
             metrics.LAG.labels(where[0], str(where[1])).set(lag)
             before = self._moved.get(where)
-            if before is None or before[0] != offset or lag == 0:
+            if lag == 0:
+                self._moved.pop(where, None)
+            elif before is None or before[0] != offset:
                 self._moved[where] = (offset, now)
             elif now - before[1] >= self._stall_seconds:
                 stalled.append(where)

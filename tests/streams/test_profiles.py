@@ -1,0 +1,84 @@
+"""Items and users: rows, tombstones, and messages that come again."""
+
+import pytest
+
+from core.settings import load_settings
+from features.definitions import ITEM_PROFILE, USER_PROFILE, USER_STATE
+from features.stores.online import OnlineStore, Write
+from headrace.v1.events_pb2 import Item, User
+from streams.processor import RawMessage
+from streams.profiles import ProfileProcessor
+
+SOURCES = {"items": 11, "users": 12}
+
+
+@pytest.fixture
+def store(shared_redis, request):
+    settings = load_settings(overrides={"redis": {"url": shared_redis.url}})
+    store = OnlineStore(settings.redis, f"profiles-{request.node.name}")
+    yield store
+    store.close()
+
+
+def item(offset: int, item_id: str, title: str | None) -> RawMessage:
+    value = None if title is None else Item(item_id=item_id, title=title).SerializeToString()
+    return RawMessage("items", 0, offset, item_id.encode(), value, None, 0)
+
+
+def user(offset: int, user_id: str, segment: str | None) -> RawMessage:
+    value = None if segment is None else User(user_id=user_id, segment=segment).SerializeToString()
+    return RawMessage("users", 0, offset, user_id.encode(), value, None, 0)
+
+
+def play(processor: ProfileProcessor, *batch: RawMessage):
+    profiles = processor.sort_out(batch)
+    processor.write(profiles)
+    return profiles
+
+
+def titles(store, *item_ids: str) -> list:
+    return [row.cells.get("title") for row in store.read(ITEM_PROFILE, [(item_id,) for item_id in item_ids])]
+
+
+def test_the_newest_of_a_batch_holds_and_older_ones_that_come_again_do_not(store) -> None:
+    items = ProfileProcessor(ITEM_PROFILE, store, SOURCES)
+    play(items, item(0, "a", "first"), item(1, "b", "b"), item(2, "a", "second"))
+    assert titles(store, "a", "b") == ["second", "b"]
+    play(items, item(0, "a", "first"))
+    assert titles(store, "a") == ["second"]
+    play(items, item(3, "a", None))
+    assert titles(store, "a", "b") == [None, "b"]
+
+
+def test_what_is_malformed_becomes_a_letter_and_the_rest_is_written(store) -> None:
+    items = ProfileProcessor(ITEM_PROFILE, store, SOURCES)
+    broken = RawMessage("items", 0, 1, b"x", b"\xff", None, 0)
+    foreign = item(2, "b", "b")._replace(key=b"other")
+    no_key = RawMessage("items", 0, 3, b"\xff\xfe", None, None, 0)
+    profiles = play(items, item(0, "a", "A"), broken, foreign, no_key)
+    assert [raw.offset for raw, _ in profiles.letters] == [1, 2, 3]
+    assert titles(store, "a", "b") == ["A", None]
+    assert len(profiles.rows) == 1
+
+
+def test_a_user_tombstone_removes_all_that_is_kept_of_the_user(store) -> None:
+    erased = []
+    users = ProfileProcessor(USER_PROFILE, store, SOURCES, erased.append)
+    play(users, user(0, "u", "anglers"))
+    store.write([Write(USER_STATE, ("u",), {"state": b"s", "revision": 1})])
+    play(users, user(1, "u", None))
+    assert erased == ["u"]
+    assert store.read(USER_STATE, [("u",)])[0].cells == {}
+    assert store.read(USER_PROFILE, [("u",)])[0].cells == {}
+
+
+def test_a_user_who_comes_back_in_the_same_batch_begins_anew(store) -> None:
+    users = ProfileProcessor(USER_PROFILE, store, SOURCES)
+    store.write([Write(USER_STATE, ("u",), {"state": b"old", "revision": 1})])
+    play(users, user(0, "u", None), user(1, "u", "new"))
+    assert store.read(USER_STATE, [("u",)])[0].cells == {}
+    assert store.read(USER_PROFILE, [("u",)])[0].cells["profile_segment"] == "new"
+    # The tombstone comes again after a restart: what was built since then stays.
+    store.write([Write(USER_STATE, ("u",), {"state": b"new", "revision": 1})])
+    play(users, user(0, "u", None), user(1, "u", "new"))
+    assert store.read(USER_STATE, [("u",)])[0].cells["state"] == b"new"

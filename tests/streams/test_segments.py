@@ -1,0 +1,125 @@
+"""Each stretch of the log lands once, whoever is killed or comes late."""
+
+import os
+import shutil
+from itertools import pairwise
+
+import pyarrow.parquet as pq
+import pytest
+
+from core.codec import from_ms
+from core.errors import StageError
+from features.stores import event_rows
+from features.stores.event_log import EventLog
+from features.stores.event_rows import EVENTS, Source
+from headrace.v1.events_pb2 import Event
+from streams.segments import Segments, SegmentTakenError, Stretch
+
+NOW_MS = 1_700_000_000_000
+STRETCH = Stretch(EVENTS, source=0xABC, partition=2)
+
+
+def rows(first: int, last: int, step_ms: int = 1):
+    numbers = range(first, last + 1)
+    events = [
+        Event(event_id=f"e{n}", user_id="u", item_id="i", kind="click", event_time=from_ms(NOW_MS + n * step_ms))
+        for n in numbers
+    ]
+    return event_rows.to_table(EVENTS, events, [Source("t", 2, n, NOW_MS) for n in numbers])
+
+
+def offsets(root) -> list[int]:
+    log = EventLog(str(root))
+    return sorted(n for path in log.files(EVENTS) for n in read_offsets(path))
+
+
+def read_offsets(path) -> list[int]:
+    return pq.read_table(path, columns=["offset"], partitioning=None)["offset"].to_pylist()
+
+
+def test_stretches_follow_each_other(tmp_path) -> None:
+    segments = Segments(str(tmp_path))
+    assert segments.position(STRETCH) == -1
+    bounds = [0, 10, 25, 26, 60, 61]
+    for first, end in pairwise(bounds):
+        segments.commit(STRETCH, first, end - 1, rows(first, end - 1))
+        assert segments.position(STRETCH) == end - 1
+    assert offsets(tmp_path) == list(range(61))
+    assert Segments(str(tmp_path)).position(STRETCH) == 60
+    assert len(list(tmp_path.rglob("_commits/*/*/*"))) <= 4
+
+
+def test_a_stretch_of_malformed_messages_alone_moves_the_position(tmp_path) -> None:
+    segments = Segments(str(tmp_path))
+    segments.commit(STRETCH, 0, 9, rows(0, -1))
+    assert segments.position(STRETCH) == 9
+    assert offsets(tmp_path) == []
+
+
+@pytest.mark.parametrize("keep", [1, 99], ids=["record-still-there", "record-cleaned-away"])
+def test_a_late_writer_adds_nothing(tmp_path, keep) -> None:
+    quick, late = Segments(str(tmp_path)), Segments(str(tmp_path))
+    for first in range(0, 10 * keep, 10):
+        quick.commit(STRETCH, first, first + 9, rows(first, first + 9))
+    with pytest.raises(SegmentTakenError):
+        late.commit(STRETCH, 0, 14, rows(0, 14))
+    assert offsets(tmp_path) == list(range(10 * keep))
+    assert late.position(STRETCH) == 10 * keep - 1
+    assert not list((tmp_path / "_staging").iterdir())
+
+
+def test_rows_of_a_writer_killed_before_its_record_are_never_seen(tmp_path, monkeypatch) -> None:
+    segments = Segments(str(tmp_path))
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(Killed):
+        segments.commit(STRETCH, 0, 9, rows(0, 9))
+    monkeypatch.undo()
+    assert offsets(tmp_path) == []
+    after = Segments(str(tmp_path))
+    assert after.position(STRETCH) == -1
+    after.commit(STRETCH, 0, 19, rows(0, 19))
+    assert offsets(tmp_path) == list(range(20))
+
+
+def test_the_next_writer_finishes_what_was_committed(tmp_path, monkeypatch) -> None:
+    day_ms = 86_400_000
+    segments = Segments(str(tmp_path))
+    moved = []
+
+    def killed_at_the_second(self, source, target, **options):
+        if moved:
+            raise Killed
+        moved.append(target)
+        shutil.move(source, target)
+
+    monkeypatch.setattr(type(segments._files), "mv", killed_at_the_second)
+    with pytest.raises(Killed):
+        segments.commit(STRETCH, 0, 4, rows(0, 4, step_ms=day_ms))
+    monkeypatch.undo()
+    assert len(offsets(tmp_path)) == 1
+    assert Segments(str(tmp_path)).position(STRETCH) == 4
+    assert offsets(tmp_path) == list(range(5))
+
+
+def test_a_folder_that_cannot_be_written_is_a_stage_error(tmp_path) -> None:
+    (tmp_path / "_commits").write_text("a file where a folder should be")
+    segments = Segments(str(tmp_path))
+    with pytest.raises(StageError, match="is it writable"):
+        segments.commit(STRETCH, 0, 9, rows(0, 9))
+    assert offsets(tmp_path) == []
+
+
+def test_other_logs_of_the_same_topic_do_not_collide(tmp_path) -> None:
+    """The embedded broker begins at 0 with each start."""
+    segments, other = Segments(str(tmp_path)), Stretch(EVENTS, source=0xDEF, partition=2)
+    segments.commit(STRETCH, 0, 9, rows(0, 9))
+    segments.commit(other, 0, 9, rows(0, 9))
+    assert len(offsets(tmp_path)) == 20
+
+
+class Killed(BaseException):
+    """As kill -9: nothing after it runs."""
+
+
+def killed(*arguments, **options):
+    raise Killed

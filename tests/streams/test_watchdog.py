@@ -1,0 +1,56 @@
+"""A partition that has messages and does not move is noticed."""
+
+from core.clock import ManualClock
+from core.settings import load_settings
+from streams.watchdog import Watchdog
+
+A, B = ("t", 0), ("t", 1)
+
+
+def watchdog(clock: ManualClock) -> Watchdog:
+    return Watchdog(load_settings(overrides={"streams": {"stall_timeout_ms": 1000}}), dict, clock)
+
+
+def test_lag_that_does_not_shrink_is_a_stall() -> None:
+    clock = ManualClock()
+    dog = watchdog(clock)
+    dog.look({A: 10, B: 10}, {A: 4, B: 9})
+    clock.advance(999)
+    dog.look({A: 10, B: 10}, {A: 4, B: 9})
+    assert dog.problem() is None
+    clock.advance(1)
+    dog.look({A: 12, B: 10}, {A: 4, B: 9})
+    assert "t/0" in dog.problem()
+    assert "t/1" not in dog.problem()
+
+
+def test_a_slow_partition_is_not_a_stalled_one() -> None:
+    clock = ManualClock()
+    dog = watchdog(clock)
+    for offset in range(10):
+        dog.look({A: 1000}, {A: offset})
+        clock.advance(900)
+        assert dog.problem() is None
+
+
+def test_a_partition_without_messages_never_stalls() -> None:
+    clock = ManualClock()
+    dog = watchdog(clock)
+    for _ in range(5):
+        dog.look({A: 0, B: 7}, {A: -1, B: 6})
+        clock.advance(5000)
+    assert dog.problem() is None
+    # The clock of the stall starts when there is something to do.
+    dog.look({A: 0, B: 8}, {A: -1, B: 6})
+    assert dog.problem() is None
+
+
+def test_what_moves_again_or_belongs_to_another_worker_is_forgotten() -> None:
+    clock = ManualClock()
+    dog = watchdog(clock)
+    dog.look({A: 10, B: 10}, {A: 4, B: 4})
+    clock.advance(2000)
+    dog.look({A: 10, B: 10}, {A: 4, B: 4})
+    assert dog.problem() is not None
+    dog.look({A: 10}, {A: 5})
+    assert dog.problem() is None
