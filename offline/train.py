@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from candidate.index import ItemIndex
+from candidate.towers import FORMAT as TOWERS_FORMAT
 from candidate.towers import load_towers
 from core import bundle as names
 from core.bundle import Manifest, ReleaseBundle, open_bundle, promote_version, publish, staging_folder, write_delimited
@@ -117,7 +118,7 @@ def training_key(log: EventLog, settings: Settings, before_ms: int | None) -> st
     digest = hashlib.blake2b(digest_size=16)
     sections = (settings.features, settings.offline, settings.serving.blend_weights, settings.candidate.exact_max_items)
     dumped = [part.model_dump(mode="json") if hasattr(part, "model_dump") else part for part in sections]
-    versions = (FORMAT, names.FORMAT, windows.ENCODING, vectors.SIGNATURE)
+    versions = (FORMAT, names.FORMAT, TOWERS_FORMAT, windows.ENCODING, vectors.SIGNATURE)
     digest.update(json.dumps([versions, dumped], sort_keys=True).encode())
     digest.update(log_fingerprint(log, before_ms).encode())
     return digest.hexdigest()
@@ -203,9 +204,13 @@ def _finished(registry: Path, key: str) -> ReleaseBundle | None:
     for version in reversed(names.versions(registry)):
         if version.endswith(f"-{key[:8]}"):
             try:
-                return open_bundle(registry / version)
+                found = open_bundle(registry / version)
+                # Sound files of a network that this version no longer has are no use.
+                load_towers(found.path)
+                load_ranker(found.path)
             except ArtifactError:
                 continue
+            return found
     return None
 
 
