@@ -83,6 +83,8 @@ class KafkaProducer:
     ) -> "Future[Written]":
         """Queues one message. The future fails with StageError when Kafka does not take it in time."""
         done: Future[Written] = Future()
+        # Running: whoever waits may give up, but cannot cancel it under the hands of the delivery report.
+        done.set_running_or_notify_cancel()
 
         def delivered(error: Any, message: Message) -> None:
             if error is not None:

@@ -9,6 +9,9 @@ the same events differ by rounding of additions only, whatever their order.
 
 import math
 
+# Nobody asks for a time so many half-lives before an event, except by a mistaken clock or unit.
+MAX_DOUBLINGS = 100
+
 
 def landmark_weight(time_ms: int, half_life_ms: int) -> tuple[int, float]:
     """Landmark of an event and the growth of its weight since then, in 1..2."""
@@ -17,9 +20,9 @@ def landmark_weight(time_ms: int, half_life_ms: int) -> tuple[int, float]:
 
 
 def value_at(landmark: int, total: float, half_life_ms: int, time_ms: int) -> float:
-    """The decayed sum as of `time_ms`."""
+    """The decayed sum as of `time_ms`. Before the events a sum is larger; decades before, it stays a number."""
     whole, growth = landmark_weight(time_ms, half_life_ms)
-    return math.ldexp(total, max(landmark - whole, -2000)) / growth
+    return math.ldexp(total, min(max(landmark - whole, -2000), MAX_DOUBLINGS)) / growth
 
 
 def add(landmark: int, total: float, other_landmark: int, other_total: float) -> tuple[int, float]:

@@ -22,7 +22,7 @@ from headrace.v1.recommender_service_pb2_grpc import add_RecommenderServiceServi
 from serving import metrics
 from serving.breaker import CLOSED, CircuitBreaker
 from serving.clients import CandidateClient, RankerClient
-from serving.ingest import IngestService, TopicIdentities
+from serving.ingest import DELIVERY_TIMEOUT_MS, IngestService, TopicIdentities
 from serving.ladder import Ladder, LastGood
 from serving.pipeline import Pipeline, Stages
 from serving.recommender import Recommender
@@ -42,8 +42,6 @@ SERVICES = ("headrace.v1.RecommenderService", "headrace.v1.IngestService")
 DEPENDENCIES = ("redis", "candidate", "ranker", "kafka")
 # Impressions may wait for company; an ingested event may not.
 _IMPRESSION_LINGER_MS = 20
-# After so long an event that Kafka did not take is given back to its producer.
-_INGEST_DELIVERY_TIMEOUT_MS = 2_000
 _WARM_UPS = 3
 
 
@@ -78,7 +76,7 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
             client.connect()
             stack.push_async_callback(client.close)
         for_impressions = KafkaProducer(settings.kafka, linger_ms=_IMPRESSION_LINGER_MS)
-        for_events = KafkaProducer(settings.kafka, delivery_timeout_ms=_INGEST_DELIVERY_TIMEOUT_MS)
+        for_events = KafkaProducer(settings.kafka, delivery_timeout_ms=DELIVERY_TIMEOUT_MS)
         for producer in (for_impressions, for_events):
             stack.push_async_callback(asyncio.to_thread, producer.close, 2)
         impressions = KafkaImpressionLog(for_impressions, topics.impressions, serving.impression_queue_max)

@@ -12,7 +12,9 @@ import grpc
 
 from core.clock import Clock
 from core.codec import check_event
-from core.errors import InvalidRequestError, MalformedEventError, StageError
+from core.deadline import Deadline
+from core.errors import InvalidRequestError, MalformedEventError, StageError, StageTimeoutError
+from core.grpc_runtime import request_deadline
 from core.kafka import KafkaProducer, Written, topic_sources
 from core.settings import KafkaSettings
 from core.topics import Topics
@@ -36,6 +38,11 @@ from serving.stages.hydrate import fill_categories
 MAX_EVENTS = 1000
 # A broker that was away is asked again about once a second.
 RETRY_AFTER_MS = 1000
+# After so long the producer gives an event back that Kafka did not take.
+DELIVERY_TIMEOUT_MS = 2_000
+LONGEST_WAIT_MS = 2 * DELIVERY_TIMEOUT_MS
+# Of the caller's deadline, for the way back.
+_MARGIN_MS = 10
 
 E = TypeVar("E", Event, Feedback)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -91,11 +98,13 @@ class IngestService(IngestServiceServicer):
         results = [self._checked(f"{field}[{index}]", event) for index, event in enumerate(events)]
         valid = [index for index, result in enumerate(results) if result is None]
         if valid:
+            deadline = request_deadline(context, LONGEST_WAIT_MS).minus_ms(_MARGIN_MS)
             try:
-                outcomes = await self._produce([events[index] for index in valid], topic)
-            except StageError:
+                outcomes = await self._produce([events[index] for index in valid], topic, deadline)
+            except StageError as error:
                 context.set_trailing_metadata((("retry-after-ms", str(RETRY_AFTER_MS)),))
-                raise
+                # Late or away: to the producer it is the same, and the same event_id again does no harm.
+                raise StageError("kafka", f"{error}; send the same events again") from error
             for index, outcome in zip(valid, outcomes, strict=True):
                 results[index] = outcome
         done = [result for result in results if result is not None]
@@ -113,9 +122,9 @@ class IngestService(IngestServiceServicer):
         fill_categories(event, self._releases.current.catalog)
         return None
 
-    async def _produce(self, events: Sequence[Event | Feedback], topic: str) -> list[IngestResult]:
-        """Sends valid events in order; raises StageError when Kafka took none of them."""
-        with guarded(self._breaker, is_fair=True):
+    async def _produce(self, events: Sequence[Event | Feedback], topic: str, deadline: Deadline) -> list[IngestResult]:
+        """Sends valid events in order; raises StageError when Kafka took none of them, or not in time."""
+        with guarded(self._breaker, is_fair=deadline.remaining_ms() > DELIVERY_TIMEOUT_MS):
             source = await self._identities.source(topic)
             sent = [
                 asyncio.wrap_future(
@@ -123,8 +132,11 @@ class IngestService(IngestServiceServicer):
                 )
                 for event in events
             ]
-            # Every message's fate is known within the producer's delivery timeout.
-            written = await asyncio.gather(*sent, return_exceptions=True)
+            # Every message's fate is known within the producer's delivery timeout; a caller may have less time.
+            _, pending = await asyncio.wait(sent, timeout=deadline.remaining_seconds())
+            if pending:
+                raise StageTimeoutError("kafka", "did not acknowledge within the call's deadline")
+            written = [future.exception() or future.result() for future in sent]
             failures = [outcome for outcome in written if isinstance(outcome, BaseException)]
             if len(failures) == len(written):
                 raise failures[0]

@@ -97,15 +97,16 @@ class BlendingReRanker:
         self, query: Query, user: UserFeatures, candidates: Candidates, order: npt.NDArray[np.intp]
     ) -> tuple[npt.NDArray[np.intp], frozenset[int]]:
         """The order with the pins in place, and the places that they fill."""
+        pins = query.release.rules.pins(query.surface, user.segment)
+        if not pins:
+            return order, frozenset()
         catalog = query.release.catalog
-        index_of = {int(row): index for index, row in enumerate(candidates.rows)}
+        index_of = {row: index for index, row in enumerate(candidates.rows.tolist())}
         wanted = [
             (index_of[row], min(pin.position, len(order) - 1))
-            for pin in query.release.rules.pins(query.surface, user.segment)
+            for pin in pins
             if (row := catalog.row(pin.item_id)) in index_of
         ]
-        if not wanted:
-            return order, frozenset()
         return place_pins(order, wanted), frozenset(position for _, position in wanted)
 
     def _rate(self, query: Query) -> float:

@@ -20,6 +20,7 @@ from serving.trace import Drop, Removed
 # Reciprocal rank fusion: an item's score is the sum over its sources of 1 / (60 + rank), which needs no common
 # scale of the sources' scores. Source: Cormack, Clarke and Buettcher, SIGIR 2009, who also give the 60.
 _FUSION = 60.0
+_NO_SOURCE = (0.0, 0.0, 0.0, 0)
 
 
 class Retriever(Protocol):
@@ -71,56 +72,46 @@ class _Merger:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._at: dict[int, int] = {}
-        self._retrieval: list[float] = []
-        self._fused: list[float] = []
-        self._batch: list[float] = []
-        self._bits: list[int] = []
+        # row -> retrieval score, fused score, batch score, source bits
+        self._entries: dict[int, tuple[float, float, float, int]] = {}
 
     def add_response(self, response: RetrieveCandidatesResponse) -> None:
-        row_of = self._catalog.row
-        for candidate in response.candidates:
-            row = row_of(candidate.item_id)
+        """Adds what the candidate service found; to be called first."""
+        bit_of = SOURCE_BIT.get
+        rows = self._catalog.rows(candidate.item_id for candidate in response.candidates).tolist()
+        for row, candidate in zip(rows, response.candidates, strict=True):
             if row < 0:
                 continue  # upserted a moment ago, not here yet: it has no title and no known availability
-            at = self._place(row)
-            self._retrieval[at] = candidate.score
+            fused, bits = 0.0, 0
             for proposal in candidate.provenance:
-                self._bits[at] |= SOURCE_BIT.get(proposal.source, 0)
-                self._fused[at] += 1.0 / (_FUSION + proposal.rank)
+                fused += 1.0 / (_FUSION + proposal.rank)
+                bits |= bit_of(proposal.source, 0)
+            self._entries[row] = (candidate.score, fused, 0.0, bits)
 
     def add_batch(self, user: UserFeatures) -> None:
-        for rank, (item_id, score) in enumerate(zip(user.batch_item_ids, user.batch_scores, strict=False)):
-            row = self._catalog.row(item_id)
+        batch = SOURCE_BIT["batch"]
+        rows = self._catalog.rows(user.batch_item_ids).tolist()
+        for rank, (row, score) in enumerate(zip(rows, user.batch_scores, strict=False)):
             if row >= 0:
-                at = self._place(row)
-                self._batch[at] = score
-                self._bits[at] |= SOURCE_BIT["batch"]
-                self._fused[at] += 1.0 / (_FUSION + rank)
+                retrieval, fused, _, bits = self._entries.get(row, _NO_SOURCE)
+                self._entries[row] = (retrieval, fused + 1.0 / (_FUSION + rank), score, bits | batch)
 
     def add_rows(self, rows: list[int]) -> None:
         for row in rows:
             if row >= 0:
-                self._place(row)
+                self._entries.setdefault(row, _NO_SOURCE)
 
     def candidates(self) -> Candidates:
+        if not self._entries:
+            return Candidates.of_rows(np.empty(0, np.int32))
+        retrieval, fused, batch, bits = zip(*self._entries.values(), strict=True)
         return Candidates(
-            np.fromiter(self._at, np.int32, len(self._at)),
-            np.array(self._retrieval, np.float32),
-            np.array(self._fused, np.float32),
-            np.array(self._batch, np.float32),
-            np.array(self._bits, np.int32),
+            np.fromiter(self._entries, np.int32, len(self._entries)),
+            np.array(retrieval, np.float32),
+            np.array(fused, np.float32),
+            np.array(batch, np.float32),
+            np.array(bits, np.int32),
         )
-
-    def _place(self, row: int) -> int:
-        at = self._at.get(row)
-        if at is None:
-            at = self._at[row] = len(self._at)
-            self._retrieval.append(0.0)
-            self._fused.append(0.0)
-            self._batch.append(0.0)
-            self._bits.append(0)
-        return at
 
 
 def _capped(candidates: Candidates, limit: int) -> Staged:

@@ -37,3 +37,8 @@ def test_order_changes_rounding_only(entries, random) -> None:
 def test_half_is_left_after_a_half_life() -> None:
     landmark, growth = decay.landmark_weight(NOW_MS, HALF_LIFE_MS)
     assert decay.value_at(landmark, growth, HALF_LIFE_MS, NOW_MS + HALF_LIFE_MS) == pytest.approx(0.5)
+
+
+def test_a_time_decades_before_the_event_gives_a_number() -> None:
+    landmark, growth = decay.landmark_weight(1_700_000_000_000, 3_600_000)
+    assert 0 < decay.value_at(landmark, 1e6 * growth, 3_600_000, 0) < 1e38

