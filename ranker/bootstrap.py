@@ -11,7 +11,9 @@ import torch
 
 from core.clock import SystemClock
 from core.deadline import Deadline
+from core.errors import StageError
 from core.grpc_runtime import GrpcServer
+from core.kafka import wait_for_kafka
 from core.process import Process, freeze_heap
 from core.settings import Settings
 from core.telemetry import get_logger
@@ -26,7 +28,7 @@ _log = get_logger("ranker")
 
 SERVICE = "headrace.v1.RankerService"
 # Kafka may be away for hours; the bundle is enough to answer from.
-CATCH_UP_SECONDS = 10.0
+KAFKA_WAIT_SECONDS, CATCH_UP_SECONDS = 2.0, 10.0
 
 
 async def serve(settings: Settings, process: Process) -> None:
@@ -47,7 +49,7 @@ async def serve(settings: Settings, process: Process) -> None:
         await server.start()
         batcher.start()
         releases.feed.start()
-        await catch_up(releases, process)
+        await catch_up(releases, process, settings)
         freeze_heap()
         tell_loaded(releases.current)
         watcher = asyncio.create_task(releases.watch())
@@ -83,11 +85,16 @@ def make_batcher(settings: Settings) -> Batcher[UserJob, Scores]:
     )
 
 
-async def catch_up(releases: Releases, process: Process) -> None:
-    """Waits for the item topics, but not for ever."""
+async def catch_up(releases: Releases, process: Process, settings: Settings) -> None:
+    """Waits for the item topics, but not for ever, and hardly at all where no broker answers."""
+    try:
+        await asyncio.to_thread(wait_for_kafka, settings.kafka, KAFKA_WAIT_SECONDS)
+    except StageError as error:
+        _log.warning("kafka is away: serving the bundle's items, news follow when it is back", problem=str(error))
+        return
     end = Deadline.after_ms(CATCH_UP_SECONDS * 1000)
     while not releases.feed.has_caught_up and not process.stopping.is_set():
         if end.expired():
-            _log.warning("kafka is away: serving the bundle's items, news follow when it is back")
+            _log.warning("the item topics are slow: serving the bundle's items, news follow as they come")
             return
         await asyncio.to_thread(releases.feed.wait, 0.05)

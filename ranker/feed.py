@@ -126,9 +126,9 @@ class Releases:
         if self.feed.has_caught_up and not feed.wait(_SWAP_WAIT_SECONDS):
             _log.warning("kafka is away: the new bundle serves without what came since it was made")
         freeze_heap()
+        tell_loaded(release)
         before, self.feed, self._release = self.feed, feed, release
         before.stop()
-        tell_loaded(release)
         _log.info("bundle swapped", bundle=version, model=release.model_version, items=len(release.catalog))
 
 

@@ -22,6 +22,8 @@ _GPU_ROWS = 262_144
 _VALUE_SHARE, _CONVERSION_SHARE = 0.25, 0.25
 # Clicks after which an item's statistics count for half.
 _HALF_SUPPORT = 3.0
+# Engagement weights and log-hours lie well within.
+_MOST_WEIGHT = 20.0
 _MAX_UNTRAINED_CONFIDENCE = 0.2
 _UNKNOWN_USER_FACTOR = 0.5
 _IMPRESSIONS, _CLICKS = CANDIDATE_FEATURES.index("log_impressions"), CANDIDATE_FEATURES.index("log_clicks")
@@ -153,12 +155,17 @@ def collate(
         torch.from_numpy(vectors),
         torch.from_numpy(has_vector),
         torch.from_numpy(np.where(history < item_count, history, -1)),
-        torch.from_numpy(np.nan_to_num(np.stack([one.history_weights for one in group]))),
-        torch.from_numpy(np.stack([one.history_ages for one in group])),
+        torch.from_numpy(_bounded(np.stack([one.history_weights for one in group]))),
+        torch.from_numpy(_bounded(np.stack([one.history_ages for one in group]))),
         torch.from_numpy(np.stack([one.user for one in group])),
         torch.from_numpy(np.where(rows < item_count, rows, -1)),
         torch.from_numpy(candidates),
     )
+
+
+def _bounded(values: Floats) -> Floats:
+    """Weights and ages as training saw them: finite, and no larger than any that makes sense."""
+    return np.nan_to_num(values, posinf=0.0, neginf=0.0).clip(-_MOST_WEIGHT, _MOST_WEIGHT)
 
 
 _NOTHING: Floats = np.zeros(0, np.float32)

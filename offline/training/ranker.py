@@ -38,7 +38,7 @@ from ranker.scorer import Scorer, collate
 _log = get_logger("training")
 
 LISTS_PER_STEP = 48
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 # Heads that teach less than the order of clicks.
 CONVERSION_WEIGHT, VALUE_WEIGHT = 0.5, 0.3
@@ -46,6 +46,9 @@ CONVERSION_WEIGHT, VALUE_WEIGHT = 0.5, 0.3
 # what the towers were trained on, and the ranker must not lean on them more than they will hold.
 VECTOR_DROPOUT, SCORE_DROPOUT = 0.1, 0.3
 HELD_OUT_LISTS, SERVED_LISTS = 2000, 400
+# Of what the towers held out, the newest part is held out here too.
+HELD_OUT_SHARE, LEAST_LISTS = 0.4, 300
+PATIENCE_EPOCHS = 2
 # A head needs this many positive labels to be trained, a calibration on shown lists this many clicks.
 LEAST_LABELS, LEAST_SHOWN_CLICKS = 50, 100
 CUTOFF = 10
@@ -108,7 +111,7 @@ def train_ranker(
 
 
 def _categories(items: Sequence[Item], settings: Settings) -> Rows:
-    """Category numbers of the items, as the catalogue gives them. [n, 4]"""
+    """Category numbers of the items, as the catalogue gives them, [n, 4]."""
     catalog = Catalog(settings.features)
     for item in items:
         catalog.upsert(item)
@@ -150,19 +153,29 @@ def _rows(
 def _split(
     questions: Sequence[Question], entries: Sequence[Entry], settings: Settings
 ) -> tuple[list[Question], list[Question]]:
-    """Questions to train on and to hold out, by time; each thinned evenly to what is allowed."""
-    if not entries:
-        return [], []
-    newest = max(0, int(len(entries) * (1 - settings.offline.validation_share)) - 1)
-    cut_ms = entries[newest].time_ms
-    train_end_ms = cut_ms - settings.features.session_gap_seconds * 1000
-    train = _informative([q for q in questions if q.time_ms < train_end_ms], settings.offline.seed)
-    held_out = [q for q in questions if q.time_ms > cut_ms]
-    sizes = [len(q.click) + settings.offline.ranker_negatives * (1 if not q.shown else 0.25) for q in train]
-    budget = settings.offline.ranker_max_rows / max(1.0, float(np.mean(sizes)) if sizes else 1.0)
+    """Questions to train on and to hold out, by time; each thinned evenly to what is allowed.
+
+    To train on: those from the time that the towers held out. On older ones the towers' vectors are better than they
+    will ever be in serving, and a ranker that learns from them trusts them too much (on the simulated shop: worse than
+    retrieval alone, in spite of seven times the rows). Where the towers left too few, older ones serve all the same.
+    """
+    share = settings.offline.validation_share
+    towers_end_ms, train_end_ms = _time_at(entries, 1 - share), _time_at(entries, 1 - HELD_OUT_SHARE * share)
+    # No label may reach into what is held out.
+    until_ms = train_end_ms - settings.features.session_gap_seconds * 1000
+    train = _informative([q for q in questions if towers_end_ms < q.time_ms < until_ms], settings.offline.seed)
+    if sum(question.has_click() for question in train) < LEAST_LISTS:
+        train = _informative([q for q in questions if q.time_ms < until_ms], settings.offline.seed)
+    held_out = [q for q in questions if q.time_ms > train_end_ms]
+    per_list = [len(q.click) + settings.offline.ranker_negatives for q in train]
+    budget = int(settings.offline.ranker_max_rows / max(1.0, float(np.mean(per_list)) if per_list else 1.0))
     # Old tastes and old statistics teach less: of a long log the newer part, and of that an even sample.
-    recent = train[-int(2 * budget) :]
-    return _evenly(recent, int(budget)), _evenly(held_out, HELD_OUT_LISTS)
+    return _evenly(train[-2 * budget :], budget), _evenly(held_out, HELD_OUT_LISTS)
+
+
+def _time_at(entries: Sequence[Entry], share: float) -> int:
+    """Time by which this share of the entries had happened."""
+    return entries[max(0, min(len(entries), round(len(entries) * share)) - 1)].time_ms if entries else 0
 
 
 def _informative(questions: Sequence[Question], seed: int) -> list[Question]:
@@ -231,7 +244,7 @@ class _Trainer:
                 if held_out < best:
                     best, kept, kept_state = held_out, epoch, copy.deepcopy(self.model.state_dict())
                 limit = offline.max_train_seconds
-                if limit and time.monotonic() - started > limit:
+                if epoch - kept >= PATIENCE_EPOCHS or (limit and time.monotonic() - started > limit):
                     break
         self.model.load_state_dict(kept_state)
         self.model.eval()
@@ -266,7 +279,10 @@ class _Trainer:
             gains = (row.labels[:, CLICK] > 0).astype(np.float32)
             (scores,) = scorer.score([row.features], [row.user_vector])
             ranked.append(ndcg(scores.score, gains, row.missed_count))
-            retrieved.append(ndcg(row.features.candidates[:, _SCORE], gains, row.missed_count))
+            by_source = row.features.candidates[:, _SCORE]
+            vector = row.user_vector
+            by_vector = by_source if vector is None else self._vectors[row.features.candidate_rows] @ vector
+            retrieved.append(ndcg(by_vector, gains, row.missed_count))
         if not ranked:
             return {}
         return {"ndcg_at_10": float(np.mean(ranked)), "retrieval_ndcg_at_10": float(np.mean(retrieved))}
@@ -309,7 +325,7 @@ class _Trainer:
         shares = logits[:, :, CLICK].masked_fill(~there, -1e4).log_softmax(1)
         asked = clicks > 0
         listwise = -((shares * wanted).sum(1) / clicks.clamp(min=1))[asked]
-        loss = listwise.sum() / asked.sum().clamp(min=1) + _entropy(logits, batch.labels, CLICK)
+        loss: Tensor = listwise.sum() / asked.sum().clamp(min=1) + _entropy(logits, batch.labels, CLICK)
         if "conversion" in self.model.config.trained_heads:
             loss = loss + CONVERSION_WEIGHT * _entropy(logits, batch.labels, CONVERSION)
         if "value" in self.model.config.trained_heads:

@@ -56,24 +56,24 @@ class CandidateSources:
         self._quotas = settings.candidate.quotas
         self._seeds = settings.candidate.item_to_item_seeds
 
-    def pools(self, states: Sequence[UserState], catalog: Catalog, moments: Sequence[Moment]) -> list[Pool]:
-        """Retrieves for B users, each at its own moment; what the user has in the history is left in."""
+    def pools(self, states: Sequence[UserState], catalog: Catalog, moment: Moment) -> list[Pool]:
+        """Retrieves for B users at one moment; what the user has in the history is left in."""
         users, has_vector = self._encoder.encode(states, catalog, self._vectors)
-        known = np.stack([moment.known for moment in moments])
-        hidden = torch.from_numpy(~known)
+        hidden = torch.from_numpy(~moment.known)
         ann = self._best(torch.from_numpy(users) @ self._tensor.T, hidden, self._quotas.get("ann", 0))
         seeds = np.stack([self._seed_vectors(state, catalog) for state in states])
         near = (torch.from_numpy(seeds) @ self._tensor.T).amax(1)
         item_to_item = self._best(near, hidden, self._quotas.get("item_to_item", 0))
+        trending, new = self._trending(moment), self._new(moment)
         pools = []
-        for index, moment in enumerate(moments):
+        for index in range(len(states)):
             merged = _Merge(len(self._vectors))
             if has_vector[index]:
                 merged.add(ANN, *ann[index])
             if seeds[index].any():
                 merged.add(ITEM_TO_ITEM, *item_to_item[index])
-            merged.add(TRENDING, *self._trending(moment))
-            merged.add(NEW, *self._new(moment))
+            merged.add(TRENDING, *trending)
+            merged.add(NEW, *new)
             pools.append(merged.pool(users[index] if has_vector[index] else None))
         return pools
 
@@ -85,7 +85,8 @@ class CandidateSources:
         """Retrieval scores and source bits of chosen rows, [C] each; of what no source brought, as if ANN had."""
         order = np.argsort(pool.rows, kind="stable")
         at = np.minimum(np.searchsorted(pool.rows[order], rows), max(0, len(order) - 1))
-        scores, bits = np.zeros(len(rows), np.float32), np.full(len(rows), ANN, np.int32)
+        scores: Floats = np.zeros(len(rows), np.float32)
+        bits: Rows = np.full(len(rows), ANN, np.int32)
         if pool.user_vector is not None:
             scores[:] = self._vectors[rows] @ pool.user_vector
         if len(order):
@@ -111,8 +112,9 @@ class CandidateSources:
         popularity = np.where(moment.known, moment.popularity, np.float32(0))
         count = min(self._quotas.get("trending", 0), int((popularity > 0).sum()))
         rows = np.argpartition(-popularity, count - 1)[:count] if count else np.zeros(0, np.int64)
-        values = popularity[rows]
-        return rows.astype(np.int32), values / max(float(values.max(initial=0.0)), 1e-9)
+        values: Floats = popularity[rows]
+        values /= np.float32(max(float(values.max(initial=0.0)), 1e-9))
+        return rows.astype(np.int32), values
 
     def _new(self, moment: Moment) -> tuple[Rows, Floats]:
         publish_ms = np.where(moment.known, moment.publish_ms, 0)
@@ -123,13 +125,18 @@ class CandidateSources:
 
 def draw(pool: Pool, moment: Moment, avoid: Rows, count: int, rng: np.random.Generator) -> Rows:
     """Negatives for a question, at most `count`, no row twice: hard ones, others that were retrieved, any items."""
-    retrieved = pool.rows[~np.isin(pool.rows, avoid)]
+    free = moment.known.copy()
+    free[avoid] = False
+    retrieved = pool.rows[free[pool.rows]]
     hard = _sample(retrieved[:_HARD], round(count * _HARD_SHARE), rng)
     rest = _sample(retrieved[_HARD:], round(count * _RETRIEVED_SHARE), rng)
     left = count - len(hard) - len(rest)
-    anywhere = rng.choice(np.flatnonzero(moment.known), 2 * left) if moment.known.any() else np.zeros(0, np.int64)
-    anywhere = np.unique(anywhere[~np.isin(anywhere, np.concatenate([avoid, hard, rest]))])
-    return np.concatenate([hard, rest, _sample(anywhere, left, rng)]).astype(np.int32)
+    free[hard] = free[rest] = False
+    # Drawn from all rows, then thinned: cheaper than listing the free ones where most are free.
+    anywhere = rng.integers(0, len(free), 4 * left + 8)
+    anywhere = anywhere[free[anywhere]]
+    others = _sample(np.flatnonzero(free), left, rng) if len(anywhere) < left else np.unique(anywhere[:left])
+    return np.concatenate([hard, rest, others]).astype(np.int32)
 
 
 def _sample(rows: npt.NDArray[np.integer[Any]], count: int, rng: np.random.Generator) -> Rows:

@@ -1,11 +1,11 @@
 """Training rows of the ranker: each question with its candidates and the features as of its moment.
 
-The log is played twice: once to retrieve for each question (encoding users in batches), once to take the features.
+Candidates are retrieved first (users encoded in batches from their histories), then the log is played for features.
 Invariant: features come from the state and the statistics just before the question's time, through
 `features.vectors.ranker_input`, the very function that the request uses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from headrace.v1.events_pb2 import Item
 from offline.replay import Entry, Replay
 from offline.training.ranker_candidates import CandidateSources, Moment, Pool, draw
 from offline.training.ranker_questions import Question
+from offline.training.ranker_timeline import Timeline
 
 # Answered items of one question that are kept: more would crowd out the other candidates.
 _MOST_ANSWERED = 8
@@ -69,6 +70,10 @@ class RowMaker:
     ) -> None:
         self._entries, self._items, self._sources, self._settings = entries, items, sources, settings
         self._excluding = frozenset(settings.serving.exclude_seen_kinds)
+        # Names of the rows, without statistics.
+        self._names = Catalog(settings.features)
+        for item in items:
+            self._names.upsert(item)
 
     def make(self, questions: Sequence[Question], whole_pool: Sequence[bool], advance: Advance) -> list[Row | None]:
         """Rows in the order of the questions; None for a question without any candidate.
@@ -79,84 +84,80 @@ class RowMaker:
                 the answered items and some drawn negatives (to train).
             advance: called with the number of questions done (each counts twice).
         """
-        rng = np.random.default_rng(self._settings.offline.seed)
-        chosen: list[_Chosen] = []
-        batch: list[tuple[int, UserState, Moment, Rows]] = []
-        for index, state, catalog in self._at(questions):
-            now_ms = questions[index].time_ms
-            # The state goes on changing; of it the encoder reads the history.
-            snapshot = UserState(history=list(state.history))
-            seen = catalog.rows(windows.recent_items(state, self._excluding))
-            batch.append((index, snapshot, self._moment(catalog, now_ms), seen))
-            if len(batch) == _QUESTIONS_AT_ONCE or index == len(questions) - 1:
-                pools = self._sources.pools([part[1] for part in batch], catalog, [part[2] for part in batch])
-                for (at, _, moment, seen_rows), pool in zip(batch, pools, strict=True):
-                    part = self._choose(questions[at], pool, moment, seen_rows, catalog, whole_pool[at], rng)
-                    chosen.append(part)
-                advance(len(batch))
-                batch = []
+        chosen = self._choose_all(questions, whole_pool, advance)
         rows: list[Row | None] = [None] * len(questions)
-        for index, state, catalog in self._at(questions):
+        for index, replay in self._at(questions):
             if len(chosen[index].rows):
-                rows[index] = self._row(questions[index], chosen[index], state, catalog)
+                rows[index] = self._row(questions[index], chosen[index], replay)
             advance(1)
         return rows
 
-    def _at(self, questions: Sequence[Question]) -> Iterator[tuple[int, UserState, Catalog]]:
+    def _choose_all(self, questions: Sequence[Question], whole_pool: Sequence[bool], advance: Advance) -> list[_Chosen]:
+        """Retrieves and draws for all questions; what could be recommended is looked up once a batch."""
+        rng = np.random.default_rng(self._settings.offline.seed)
+        timeline = Timeline(self._entries, self._names, self._settings.features)
+        chosen: list[_Chosen] = []
+        for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
+            batch = questions[start : start + _QUESTIONS_AT_ONCE]
+            states = [UserState(history=timeline.history_before(q.user_id, q.time_ms)) for q in batch]
+            first_ms, count = batch[0].time_ms, self._sources.item_count
+            publish_ms = self._names.column("publish_ms")[:count]
+            moment = Moment(timeline.known(first_ms)[:count], timeline.popularity(first_ms)[:count], publish_ms)
+            for state, pool in zip(states, self._sources.pools(states, self._names, moment), strict=True):
+                at = len(chosen)
+                seen = self._rows_of(windows.recent_items(state, self._excluding), count)
+                choose = self._whole if whole_pool[at] else self._drawn
+                chosen.append(choose(questions[at], pool, moment, seen, rng))
+            advance(len(batch))
+        return chosen
+
+    def _at(self, questions: Sequence[Question]) -> Iterator[tuple[int, Replay]]:
         """Plays the log and stops just before the time of each question."""
         replay = Replay(self._items, self._settings.features)
         index = 0
         for time_ms, entries in groupby(self._entries, key=attrgetter("time_ms")):
             while index < len(questions) and questions[index].time_ms <= time_ms:
-                yield index, replay.state(questions[index].user_id), replay.catalog
+                yield index, replay
                 index += 1
             if index == len(questions):
                 return
             replay.advance(entries)
 
-    def _moment(self, catalog: Catalog, now_ms: int) -> Moment:
-        """What could be recommended: published by then, or (where that is not said) seen in an event by then."""
-        count = self._sources.item_count
-        publish_ms = catalog.column("publish_ms")[:count]
-        known = catalog.servable(now_ms)[:count] & ((publish_ms > 0) | (catalog.column("stats_revision")[:count] > 0))
-        return Moment(known, catalog.popularity(now_ms, 0)[:count], publish_ms)
+    def _rows_of(self, item_ids: Iterable[str], count: int) -> Rows:
+        rows = self._names.rows(item_ids)
+        return rows[(rows >= 0) & (rows < count)]
 
-    def _choose(
-        self,
-        question: Question,
-        pool: Pool,
-        moment: Moment,
-        seen: Rows,
-        catalog: Catalog,
-        whole: bool,
-        rng: np.random.Generator,
-    ) -> _Chosen:
-        answered = catalog.rows(question.click)
-        usable = (answered >= 0) & (answered < len(moment.known))
-        if not question.shown:
-            # A list that was shown is a fact; other items must have been there to be recommended.
-            usable &= np.append(moment.known, np.False_)[np.where(usable, answered, -1)]
-        answered = answered[usable]
-        if whole:
-            fresh = ~np.isin(pool.rows, seen)
-            rows = pool.rows[fresh]
-            clicked = catalog.rows(item_id for item_id, label in question.click.items() if label > 0)
-            missed = int((~np.isin(clicked[np.isin(clicked, answered)], rows)).sum())
-            return _Chosen(rows, pool.scores[fresh], pool.source_bits[fresh], pool.user_vector, answered, missed)
+    def _answered(self, question: Question, moment: Moment) -> Rows:
+        rows = self._rows_of(question.click, len(moment.known))
+        # A list that was shown is a fact; other items must have been there to be recommended.
+        return rows if question.shown else rows[moment.known[rows]]
+
+    def _whole(self, question: Question, pool: Pool, moment: Moment, seen: Rows, _: np.random.Generator) -> _Chosen:
+        """All that would be retrieved."""
+        answered = self._answered(question, moment)
+        fresh = ~np.isin(pool.rows, seen)
+        rows = pool.rows[fresh]
+        clicked = self._rows_of((item for item, label in question.click.items() if label > 0), len(moment.known))
+        wanted = np.intersect1d(clicked, answered)
+        missed = int((~np.isin(wanted, rows)).sum())
+        return _Chosen(rows, pool.scores[fresh], pool.source_bits[fresh], pool.user_vector, answered, missed)
+
+    def _drawn(self, question: Question, pool: Pool, moment: Moment, seen: Rows, rng: np.random.Generator) -> _Chosen:
+        """The answered items and some negatives."""
+        answered = self._answered(question, moment)
         if not question.shown and len(answered) > _MOST_ANSWERED:
             answered = rng.choice(answered, _MOST_ANSWERED, replace=False)
         count = self._settings.offline.ranker_negatives
-        if question.shown:
-            # The list has its own negatives; a few more stand for the rest of what is retrieved.
-            count = max(2, count // 4)
-        avoid = np.concatenate([seen, catalog.rows(question.click)])
-        negatives = draw(pool, moment, avoid, count, rng) if len(answered) else np.zeros(0, np.int32)
-        rows = np.concatenate([answered, negatives]).astype(np.int32)
+        rows = answered
+        if len(answered):
+            avoid = np.concatenate([seen, self._rows_of(question.click, len(moment.known))])
+            rows = np.concatenate([answered, draw(pool, moment, avoid, count, rng)])
         scores, bits = self._sources.provenance(pool, rows)
         return _Chosen(rows, scores, bits, pool.user_vector, answered, 0)
 
-    def _row(self, question: Question, chosen: _Chosen, state: UserState, catalog: Catalog) -> Row:
+    def _row(self, question: Question, chosen: _Chosen, replay: Replay) -> Row:
         now_ms, features = question.time_ms, self._settings.features
+        state, catalog = replay.state(question.user_id), replay.catalog
         made = ranker_input(state, catalog, chosen.rows, chosen.scores, chosen.source_bits, now_ms, features)
         labels = np.zeros((len(chosen.rows), 3), np.float32)
         labels[:, 2] = np.nan

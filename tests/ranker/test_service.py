@@ -1,0 +1,395 @@
+"""The service on a real socket: answers, refusals, deadlines, swaps. Kafka is away throughout."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from core.bundle import ITEM_STATS, ITEM_VECTORS, RANKER, RANKER_CONFIG, ReleaseBundle, promote_version
+from core.clock import ManualClock
+from core.codec import from_ms
+from core.deadline import Deadline
+from core.errors import ArtifactError
+from core.grpc_runtime import GrpcServer, channel
+from core.kafka import Record
+from core.settings import Settings, load_settings
+from core.topics import Topics
+from features import item_stats, windows
+from features.item_stats import ItemPartial
+from features.vectors import SIGNATURE
+from features.windows import UserEvent, UserState
+from headrace.v1.events_pb2 import Item
+from headrace.v1.ranker_service_pb2 import (
+    RankCandidatesRequest,
+    RankerServiceGetModelInfoRequest,
+    UserCandidates,
+)
+from headrace.v1.ranker_service_pb2_grpc import RankerServiceStub, add_RankerServiceServicer_to_server
+from ranker.batcher import Batcher
+from ranker.bootstrap import SERVICE, make_batcher
+from ranker.feed import Releases
+from ranker.model import load_ranker, save_ranker
+from ranker.release import UserJob, score_jobs
+from ranker.scorer import Scores
+from ranker.service import RankerService
+
+T0_MS = 1_700_000_000_000
+DIMENSION = 16
+MakeBundle = Callable[..., ReleaseBundle]
+State = Callable[..., UserState]
+
+
+@dataclass
+class Running:
+    releases: Releases
+    batcher: Batcher[UserJob, Scores]
+    stub: RankerServiceStub
+
+    async def rank(self, *users: UserCandidates, model_version: str = "", timeout: float = 20) -> object:  # noqa: ASYNC109
+        request = RankCandidatesRequest(users=users, model_version=model_version)
+        return await self.stub.RankCandidates(request, timeout=timeout)
+
+    async def problem(self, *users: UserCandidates, **more: str) -> tuple[grpc.StatusCode, str]:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await self.rank(*users, **more)
+        return caught.value.code(), str(caught.value.details())
+
+
+@pytest.fixture
+async def start(registry_settings: Settings) -> AsyncIterator[Callable[..., object]]:
+    closers = []
+
+    async def make(settings: Settings | None = None) -> Running:
+        chosen = settings or registry_settings
+        clock = ManualClock(T0_MS + 3_600_000)
+        releases = Releases(chosen, clock)
+        batcher = make_batcher(chosen)
+        batcher.start()
+        server = GrpcServer("127.0.0.1", 0, [SERVICE])
+        add_RankerServiceServicer_to_server(RankerService(releases, batcher, clock), server.aio)
+        await server.start()
+        connection = channel(f"127.0.0.1:{server.port}")
+        closers.extend([connection.close, lambda: server.stop(0), batcher.close])
+        return Running(releases, batcher, RankerServiceStub(connection))
+
+    yield make
+    for close in closers:
+        await close()
+
+
+Start = Callable[..., "asyncio.Future[Running]"]
+
+
+def asked(*numbers: int, state: UserState | None = None, **more: object) -> UserCandidates:
+    fields: dict[str, object] = {
+        "user_id": "u",
+        "state": windows.encode(state) if state else b"",
+        "item_ids": [f"item-{number}" for number in numbers],
+        "scores": [1.0 / (1 + index) for index in range(len(numbers))],
+        "source_bits": [1] * len(numbers),
+        **more,
+    }
+    return UserCandidates(**fields)  # type: ignore[arg-type]
+
+
+async def test_an_answer_names_its_versions_and_scores_every_candidate(
+    make_bundle: MakeBundle, start: Start, state_of: State
+) -> None:
+    bundle = make_bundle()
+    running = await start()
+    answer = await running.rank(asked(1, 2, 3, state=state_of(5, 6), embedding=[0.25] * DIMENSION), asked(4), asked())
+    assert [len(user.scores) for user in answer.users] == [3, 1, 0]
+    assert answer.bundle_version == "v1"
+    assert answer.model_version == bundle.manifest.model_version
+    assert answer.feature_signature == SIGNATURE
+    first = answer.users[0]
+    for scores in (first.click_scores, first.conversion_scores, first.value_scores, first.scores, first.confidences):
+        assert len(scores) == 3
+        assert all(0 <= score <= 1 for score in scores)
+
+
+async def test_a_click_changes_the_scores_of_the_next_answer(
+    make_bundle: MakeBundle, start: Start, state_of: State
+) -> None:
+    make_bundle()
+    running = await start()
+    answer = await running.rank(asked(1, 2, 3, state=state_of(5)), asked(1, 2, 3, state=state_of(5, 6)))
+    assert list(answer.users[0].scores) != list(answer.users[1].scores)
+
+
+async def test_features_are_as_of_the_time_that_the_request_gives(
+    make_bundle: MakeBundle, start: Start, state_of: State
+) -> None:
+    make_bundle()
+    running = await start()
+    now, later = (from_ms(T0_MS + hours * 3_600_000) for hours in (1, 40))
+    user = asked(1, 2, 3, state=state_of(5))
+    at_request, at_default, at_later, replayed = (
+        list(one.scores)
+        for one in (
+            await running.rank(
+                UserCandidates(**{**_fields(user), "request_time": now}),
+                user,
+                UserCandidates(**{**_fields(user), "request_time": later}),
+                UserCandidates(**{**_fields(user), "request_time": now, "context": {"as_of_time": later}}),
+            )
+        ).users
+    )
+    assert at_request == pytest.approx(at_default)
+    assert at_later == pytest.approx(replayed)
+    assert at_request != pytest.approx(at_later, rel=1e-3)
+
+
+def _fields(message: UserCandidates) -> dict[str, object]:
+    return {field.name: value for field, value in message.ListFields()}
+
+
+@pytest.mark.parametrize(
+    ("user", "field"),
+    [
+        (asked(1, 2, scores=[0.5]), "users[0].scores: length 1 differs from that of item_ids, 2"),
+        (asked(1, 2, source_bits=[]), "users[0].source_bits: length 0 differs"),
+        (asked(1, embedding=[1.0] * 3), "users[0].embedding: 16 numbers are needed"),
+        (asked(1, state=None, user_id="x" * 129), "users[0].user_id: at most 128"),
+        (asked(*range(2001)), "users[0].item_ids: at most 2000, not 2001"),
+    ],
+    ids=["scores", "source_bits", "embedding", "user_id", "item_ids"],
+)
+async def test_a_bad_request_names_its_field(
+    make_bundle: MakeBundle, start: Start, user: UserCandidates, field: str
+) -> None:
+    make_bundle()
+    code, text = await (await start()).problem(user)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert field in text
+
+
+async def test_broken_states_and_counts_of_users_are_refused(make_bundle: MakeBundle, start: Start) -> None:
+    make_bundle()
+    running = await start()
+    broken = asked(1)
+    broken.state = b"\xff\x01nonsense"
+    assert "users[1].state: not an encoded user state" in (await running.problem(asked(2), broken))[1]
+    assert "users: 1..64 are needed, not 0" in (await running.problem())[1]
+    assert "users: 1..64 are needed, not 65" in (await running.problem(*[asked(1)] * 65))[1]
+
+
+async def test_a_model_that_is_not_loaded_is_not_found(make_bundle: MakeBundle, start: Start) -> None:
+    bundle = make_bundle()
+    running = await start()
+    code, text = await running.problem(asked(1), model_version="other")
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert "'other' is not loaded" in text
+    answer = await running.rank(asked(1), model_version=bundle.manifest.model_version)
+    assert len(answer.users[0].scores) == 1
+
+
+async def test_the_largest_request_is_answered_in_full(make_bundle: MakeBundle, start: Start, state_of: State) -> None:
+    make_bundle()
+    numbers = [number % 60 for number in range(500)]
+    answer = await (await start()).rank(*[asked(*numbers, state=state_of(1, 2))] * 64)
+    assert [len(user.scores) for user in answer.users] == [500] * 64
+    assert answer.users[0].scores == pytest.approx(answer.users[63].scores, abs=1e-6)
+
+
+async def test_what_is_not_a_number_gives_scores_all_the_same(
+    make_bundle: MakeBundle, start: Start, state_of: State
+) -> None:
+    make_bundle()
+    nan, inf = float("nan"), float("inf")
+    user = asked(1, 2, 3, state=state_of(5), scores=[nan, inf, -inf], embedding=[nan] * DIMENSION)
+    answer = await (await start()).rank(user)
+    assert np.isfinite(answer.users[0].scores).all()
+
+
+async def test_unknown_items_get_a_score_and_no_confidence(make_bundle: MakeBundle, start: Start) -> None:
+    make_bundle()
+    answer = await (await start()).rank(asked(6, 12345))
+    assert answer.users[0].scores[1] > 0
+    assert answer.users[0].confidences[1] == 0
+    assert answer.users[0].confidences[0] > 0
+
+
+async def test_many_callers_get_their_own_answers(make_bundle: MakeBundle, start: Start, state_of: State) -> None:
+    make_bundle()
+    running = await start()
+    users = [asked(*range(1 + index % 7), state=state_of(*range(index % 5))) for index in range(60)]
+    alone = [await running.rank(user) for user in users]
+    together = await asyncio.gather(*(running.rank(user) for user in users))
+    for one, other in zip(alone, together, strict=True):
+        assert list(one.users[0].scores) == pytest.approx(list(other.users[0].scores), abs=1e-6)
+
+
+async def test_an_expired_call_is_late_and_a_full_queue_refuses(
+    make_bundle: MakeBundle, start: Start, registry_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle()
+    one_place = registry_settings.ranker.model_copy(update={"queue_max": 1})
+    running = await start(registry_settings.model_copy(update={"ranker": one_place}))
+    inside, queued, gate = asyncio.Event(), asyncio.Event(), threading.Event()
+    loop, work, submit = asyncio.get_running_loop(), running.batcher._work, running.batcher.submit
+
+    def held(jobs: Sequence[UserJob]) -> Sequence[Scores]:
+        loop.call_soon_threadsafe(inside.set)
+        assert gate.wait(20)
+        return work(jobs)
+
+    async def told(jobs: Sequence[UserJob], deadline: Deadline) -> list[Scores]:
+        loop.call_soon(queued.set)
+        return await submit(jobs, deadline)
+
+    monkeypatch.setattr(running.batcher, "_work", held)
+    working = asyncio.create_task(running.rank(asked(1)))
+    await inside.wait()
+    with pytest.raises(grpc.aio.AioRpcError) as late:
+        await running.rank(asked(2), timeout=0.05)
+    assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    monkeypatch.setattr(running.batcher, "submit", told)
+    waiting = asyncio.create_task(running.rank(asked(3)))
+    async with asyncio.timeout(20):
+        await queued.wait()
+    code, text = await running.problem(asked(4))
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "try again" in text
+    gate.set()
+    assert len((await working).users[0].scores) == len((await waiting).users[0].scores) == 1
+
+
+async def test_model_info_says_what_is_loaded(make_bundle: MakeBundle, start: Start) -> None:
+    bundle = make_bundle()
+    info = await (await start()).stub.GetModelInfo(RankerServiceGetModelInfoRequest(), timeout=5)
+    assert (info.bundle_version, info.model_version) == ("v1", bundle.manifest.model_version)
+    assert info.feature_signature == SIGNATURE
+    assert info.parameter_count > 10_000
+    assert info.device == "cpu"
+    assert info.load_time == from_ms(T0_MS + 3_600_000)
+    assert dict(info.metrics) == {"ranker_auc": 0.75}
+
+
+class TestSwap:
+    async def test_the_promoted_bundle_serves_the_next_request(self, make_bundle: MakeBundle, start: Start) -> None:
+        make_bundle("v1", seed=1)
+        running = await start()
+        before = await running.rank(asked(1, 2, 3))
+        second = make_bundle("v2", seed=2)
+        assert await running.releases.look()
+        after = await running.rank(asked(1, 2, 3))
+        assert (before.bundle_version, after.bundle_version) == ("v1", "v2")
+        assert after.model_version == second.manifest.model_version
+        assert list(after.users[0].scores) != list(before.users[0].scores)
+        assert not await running.releases.look()
+        running.releases.close()
+
+    @pytest.mark.parametrize("name", [RANKER, ITEM_VECTORS, ITEM_STATS])
+    async def test_a_corrupt_bundle_leaves_the_old_one(
+        self, make_bundle: MakeBundle, start: Start, registry_settings: Settings, name: str
+    ) -> None:
+        make_bundle("v1")
+        running = await start()
+        bad = make_bundle("v2", seed=2)
+        content = (bad.path / name).read_bytes()
+        (bad.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert not await running.releases.look()
+        assert (await running.rank(asked(1))).bundle_version == "v1"
+        promote_version(registry_settings.registry.path, "v1")
+        assert not await running.releases.look()
+
+    async def test_a_model_that_scores_nonsense_fails_its_warm_up(self, make_bundle: MakeBundle, start: Start) -> None:
+        make_bundle("v1")
+        running = await start()
+        make_bundle("v2", change=_break_weights)
+        assert not await running.releases.look()
+        assert (await running.rank(asked(1))).bundle_version == "v1"
+
+
+def _break_weights(staged: Path) -> None:
+    model = load_ranker(staged)
+    before = model.config
+    with torch.no_grad():
+        model.heads.weight.fill_(float("nan"))
+    save_ranker(model, staged)
+    # The file says what the manifest will say; only the warm-up can find out.
+    assert json.loads((staged / RANKER_CONFIG).read_text())["model_version"] != before.model_version
+
+
+def test_without_a_bundle_it_says_what_to_run(registry_settings: Settings) -> None:
+    with pytest.raises(ArtifactError, match="headrace train"):
+        Releases(registry_settings, ManualClock())
+
+
+def test_a_device_that_is_not_there_is_refused(make_bundle: MakeBundle, registry_settings: Settings) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    make_bundle()
+    settings = registry_settings.model_copy(
+        update={"ranker": registry_settings.ranker.model_copy(update={"device": "cuda"})}
+    )
+    with pytest.raises(ArtifactError, match="set it to auto or cpu"):
+        Releases(settings, ManualClock())
+
+
+def test_news_of_the_topics_reach_the_catalogue(make_bundle: MakeBundle, registry_settings: Settings) -> None:
+    make_bundle()
+    releases = Releases(registry_settings, ManualClock(T0_MS))
+    release, topics = releases.current, Topics()
+    catalog = release.catalog
+    clicks = catalog.column("clicks")[catalog.row("item-0")]
+    partial = ItemPartial()
+    item_stats.apply(partial, UserEvent("u", 1, "item-0", "click", T0_MS), registry_settings.features)
+    message = item_stats.encode("item-0", 2, partial, registry_settings.features)
+
+    def record(topic: str, key: str, value: bytes | None) -> Record:
+        return Record(topic, key.encode(), value, None, 0, 0)
+
+    releases.feed.apply(
+        [
+            record(topics.item_stats, "item-0\x002", message.SerializeToString()),
+            record(topics.items, "new-1", Item(item_id="new-1", categories=["taste-1"]).SerializeToString()),
+            record(topics.items, "broken", b"\xff\xff"),
+            record(topics.items, "item-1", None),
+            record(topics.items, "never-there", None),
+        ]
+    )
+    assert catalog.column("clicks")[catalog.row("item-0")] == clicks + 1
+    row = catalog.row("new-1")
+    assert row >= 40
+    assert release.scorer.table.categories[row + 1].tolist() == catalog.column("categories")[row].tolist()
+    assert not catalog.column("available")[catalog.row("item-1")]
+
+
+def test_one_batch_of_two_releases_scores_each_by_its_own(
+    make_bundle: MakeBundle, registry_settings: Settings, state_of: State
+) -> None:
+    jobs = []
+    for seed in (1, 2):
+        make_bundle(f"v{seed}", seed=seed)
+        release = Releases(registry_settings, ManualClock(T0_MS)).current
+        numbers = [f"item-{number}" for number in range(5)]
+        scores, bits = np.ones(5, np.float32), np.ones(5, np.int32)
+        jobs.append(UserJob(release, state_of(7), None, numbers, scores, bits, T0_MS + 1000))
+    mixed = score_jobs([jobs[0], jobs[1], jobs[0]], registry_settings)
+    alone = [score_jobs([job], registry_settings)[0] for job in jobs]
+    for ours, theirs in zip(mixed, [alone[0], alone[1], alone[0]], strict=True):
+        np.testing.assert_allclose(ours.score, theirs.score, atol=1e-6)
+    assert not np.allclose(mixed[0].score, mixed[1].score)
+
+
+def test_warm_up_and_load_take_little_time(make_bundle: MakeBundle, registry_settings: Settings) -> None:
+    make_bundle()
+    started = time.monotonic()
+    Releases(registry_settings, ManualClock(T0_MS))
+    assert time.monotonic() - started < 10
+
+
+def test_settings_of_another_dimension_do_not_matter(make_bundle: MakeBundle, registry_settings: Settings) -> None:
+    make_bundle()
+    other = load_settings(None, {"registry": registry_settings.registry.model_dump(), "offline": {"dimension": 128}})
+    assert Releases(other, ManualClock(T0_MS)).current.dimension == DIMENSION
