@@ -126,7 +126,7 @@ class _Trainer:
         self.towers = Towers(self._config(settings)).to(device)
         self.towers.item.fit_numbers(self._content_tensors.numbers)
         self._optimizer = torch.optim.AdamW(
-            self.towers.parameters(), lr=settings.offline.learning_rate, weight_decay=WEIGHT_DECAY
+            self.towers.parameters(), lr=settings.offline.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
         )
         self.checkpoint = Checkpoint(work / "checkpoints" / "towers.safetensors", self._fingerprint())
 
