@@ -108,7 +108,7 @@ class Attributes:
         return column
 
 
-def rows_mask(rows: npt.NDArray[np.integer], count: int) -> Bools:  # type: ignore[type-arg]
+def rows_mask(rows: npt.NDArray[np.integer], count: int) -> Bools:
     """True at `rows`; those outside 0..count - 1 are left out."""
     mask = np.zeros(count, np.bool_)
     mask[rows[(rows >= 0) & (rows < count)]] = True
