@@ -40,10 +40,12 @@ class Budget:
         """The deadline of a stage that starts now.
 
         The later of the point at which the stage was to end, and its share of what is left: a stage is not starved
-        because one before it (a wait for a token) took long.
+        because one before it (a wait for a token) took long. Hydrate may use retrieve's time as well: without the
+        user there is nothing to retrieve for.
         """
         index = _STAGES.index(name)
-        until_ms = sum(self._of(stage) for stage in _STAGES[: index + 1]) * self.scale
+        last = "retrieve" if name == "hydrate" else name
+        until_ms = sum(self._of(stage) for stage in _STAGES[: _STAGES.index(last) + 1]) * self.scale
         left_ms = self.deadline.remaining_ms()
         share_ms = left_ms * self._of(name) / sum(self._of(stage) for stage in _STAGES[index:])
         now = self.deadline.clock.monotonic()
