@@ -81,10 +81,18 @@ class Backend:
         self._stub = RecommenderServiceStub(self._channel)
 
     def recommend(
-        self, user_id: str, num_items: int = 20, *, explore: bool = False, deadline_seconds: float = 1.0
+        self,
+        user_id: str,
+        num_items: int = 20,
+        *,
+        explore: bool = False,
+        dry_run: bool = False,
+        deadline_seconds: float = 1.0,
     ) -> RecommendResponse | None:
-        """One answer, counted; None when the call failed."""
-        request = RecommendRequest(user_id=user_id, num_items=num_items, disable_exploration=not explore)
+        """One answer, counted; None when the call failed. `dry_run` logs no impressions."""
+        request = RecommendRequest(
+            user_id=user_id, num_items=num_items, disable_exploration=not explore, dry_run=dry_run
+        )
         begin = time.perf_counter()
         try:
             answer: RecommendResponse = self._stub.Recommend(request, timeout=deadline_seconds)

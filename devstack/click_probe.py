@@ -1,7 +1,8 @@
 """How long from a produced click to a changed answer: the figure that the system is built for.
 
 Used by the demo and by benchmarks. A click counts as changed when the first answer whose `state_revision` includes
-it orders the *other* items differently from the answer to the same request just before. Exploration is off.
+it orders the *other* items differently from the answer to the same request just before. Exploration is off, and
+impressions are not logged: asking again and again would move the statistics that the answers are made of.
 Invariant: the time runs from before the produce call to after the answer has arrived; nothing is subtracted.
 """
 
@@ -63,8 +64,8 @@ def click_once(
     Returns:
         The click (None where it was never reflected) and whether two answers before it differed by themselves.
     """
-    first = backend.recommend(user_id)
-    before = backend.recommend(user_id)
+    first = backend.recommend(user_id, dry_run=True)
+    before = backend.recommend(user_id, dry_run=True)
     if first is None or before is None or not before.items:
         raise StageError("serving", f"no answer for {user_id} before its click")
     restless = differs(first, before, "")
@@ -72,7 +73,7 @@ def click_once(
     begin = time.perf_counter()
     sender.click(user_id, item.item_id, categories_of(item.item_id))
     while time.perf_counter() - begin < PATIENCE_SECONDS:
-        after = backend.recommend(user_id)
+        after = backend.recommend(user_id, dry_run=True)
         elapsed_ms = (time.perf_counter() - begin) * 1000
         if after is not None and after.state_revision > before.state_revision:
             changed = differs(before, after, item.item_id)

@@ -35,6 +35,8 @@ _RANKER_DEAD_SECONDS = 3.0
 _RECOVERY_SECONDS = 60.0
 # Of the simulated data; clicks are made by as many users.
 _USERS, _ITEMS, _CLICKS, _SEED = 1200, 1000, 60, 7
+# A demo is watched: each training stops where more time would no longer show.
+_TRAINING = {"offline": {"max_train_seconds": 12, "ranker_max_rows": 40_000}}
 
 
 class Demo:
@@ -55,7 +57,7 @@ class Demo:
             shutil.rmtree(options.home / stale, ignore_errors=True)
         data = self._prepare()
         self._step("Training a release bundle: towers, ranker, index, batch scores")
-        bundle = train(data.root, registry, load_settings(options.config), before_ms=data.split_ms)
+        bundle = train(data.root, registry, load_settings(options.config, _TRAINING), before_ms=data.split_ms)
         self._step("Starting Redis, Kafka, streams, candidate, ranker and serving")
         with Stack(
             options.home,
