@@ -1,7 +1,10 @@
 """What a product backend gets, through the front door."""
 
+import re
 import shutil
 import subprocess
+import sys
+import textwrap
 import time
 from uuid import uuid4
 
@@ -10,6 +13,7 @@ import pytest
 
 from core.codec import from_ms
 from devstack.backend import reason_names, tier_name
+from devstack.demo import hints
 from headrace.v1 import ingest_service_pb2, ingest_service_pb2_grpc
 from headrace.v1.events_pb2 import Event
 from headrace.v1.recommender_service_pb2 import RecommendRequest
@@ -135,4 +139,20 @@ def test_the_readmes_grpcurl_lines_work(running) -> None:
         ],
         capture_output=True, text=True, check=True, timeout=30,
     )  # fmt: skip
-    assert '"servedTier"' in asked.stdout
+    assert '"served_tier": "SERVING_TIER_RANKED"' in asked.stdout
+
+
+def test_the_python_lines_that_the_demo_prints_work(running) -> None:
+    """A client and a producer, copied as they stand."""
+    user_id = running.users[4]
+    before = running.backend.recommend(user_id)
+    lines = textwrap.dedent(hints(running.stack, user_id, before.items[0].item_id))
+    programs = re.findall(r"python - <<'END'\n(.*?)\nEND", lines, re.DOTALL)
+    assert len(programs) == 2
+    client, producer = (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+        for program in programs
+    )
+    assert client.stdout.count("\n") == 5
+    assert producer.stdout == ""
+    running.await_until(lambda: running.backend.recommend(user_id).state_revision > before.state_revision)
