@@ -1,7 +1,7 @@
 """The Trivago sample (RecSys Challenge 2019, `events.csv.gz`) as an event log: hotel search sessions.
 
 Reads the user's own copy. A clickout becomes a `click` event and the impression list that it came from (the hotels in
-the order shown; their prices in tag `prices`, separated by "|"); the other actions on a hotel keep kinds of their own.
+the order shown; their prices in tag `prices`, separated by "|"); the other actions on a hotel are views.
 Invariant: events of a session keep the order of its steps, also within one second; actions without a hotel are
 counted as skipped.
 """
@@ -26,14 +26,15 @@ _COLUMNS = (
     "user_id session_id timestamp step action_type reference platform city device current_filters impressions prices"
 )
 _CLICK = "clickout item"
-# Their words -> kind of event. What is not named here has no hotel (filters, sort orders, destinations).
+# Their words -> kind of event; the tag `action` keeps the words. What is not named here has no hotel (filters, sort
+# orders, destinations).
 KINDS = {
     _CLICK: "click",
-    "interaction item image": "view_image",
-    "interaction item info": "view_info",
-    "interaction item rating": "view_rating",
-    "interaction item deals": "view_deals",
-    "search for item": "search_item",
+    "interaction item image": "view",
+    "interaction item info": "view",
+    "interaction item rating": "view",
+    "interaction item deals": "view",
+    "search for item": "view",
 }
 
 
@@ -151,7 +152,8 @@ def _events(
     item_ids = pa.array([rows["reference"][row] for row in kept], pa.string())
     tags = []
     for row in kept:
-        tag = {"city": rows["city"][row], "filters": rows["current_filters"][row], "platform": rows["platform"][row]}
+        columns = {"action": "action_type", "city": "city", "filters": "current_filters", "platform": "platform"}
+        tag = {name: rows[column][row] for name, column in columns.items()}
         if rows["impressions"][row]:
             tag["recommendation_id"] = _event_id(rows, steps, row)
         tags.append([(name, text) for name, text in tag.items() if text])

@@ -44,13 +44,14 @@ def log(tmp_path: Path) -> EventLog:
 def test_actions_become_kinds_in_the_order_of_the_steps(log: EventLog) -> None:
     events = list(from_table(EVENTS, log.events()))
     assert [(e.user_id, e.item_id, e.kind) for e in events] == [
-        ("U2", "300", "view_rating"),
+        ("U2", "300", "view"),
         ("U2", "300", "click"),
-        ("U1", "100", "view_image"),
+        ("U1", "100", "view"),
         ("U1", "200", "click"),
     ]
     click = events[-1]
     assert dict(click.tags) == {
+        "action": "clickout item",
         "city": "Paris, France",
         "filters": "4 Star",
         "platform": "FR",
