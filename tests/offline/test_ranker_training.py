@@ -21,8 +21,9 @@ from features.vectors import CANDIDATE_FEATURES, ranker_input
 from features.windows import UserEvent
 from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
 from offline.replay import Replay, Shown, read_entries
-from offline.training.ranker import auc, ndcg, train_ranker
+from offline.training.ranker import train_ranker
 from offline.training.ranker_candidates import ANN, ITEM_TO_ITEM, CandidateSources, Moment, Pool, draw
+from offline.training.ranker_quality import auc, ndcg
 from offline.training.ranker_questions import Question, questions_of
 from offline.training.ranker_rows import RowMaker
 from offline.training.ranker_timeline import Timeline

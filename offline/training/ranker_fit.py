@@ -1,0 +1,184 @@
+"""Fits the ranker's network to its rows: a list-wise softmax for the order, a cross-entropy per head.
+
+Second half of offline/training/ranker.py. Invariant: the same rows, settings and seed give the same weights; the
+weights that are kept are those of the epoch with the least held-out loss.
+"""
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from core.settings import Settings
+from features.catalog import Floats, Rows
+from features.vectors import CANDIDATE_FEATURES
+from offline.reporting import Reporter
+from offline.training.ranker_rows import Row
+from ranker.model import CLICK, CONVERSION, HEADS, VALUE, ItemTable, RankerBatch, RankerConfig, RankerModel
+from ranker.scorer import collate
+
+LISTS_PER_STEP = 48
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.01
+PATIENCE_EPOCHS = 2
+# Heads that teach less than the order of clicks.
+CONVERSION_WEIGHT, VALUE_WEIGHT = 0.5, 0.3
+# Share of training lists that go without the user's vector, or without retrieval scores: the ranker must stand without.
+VECTOR_DROPOUT, SCORE_DROPOUT = 0.1, 0.3
+# Labels that a head needs to be trained.
+LEAST_LABELS = 50
+_SCORE = CANDIDATE_FEATURES.index("retrieval_score")
+
+
+class Split(NamedTuple):
+    """Training lists, held-out lists of the same making, and held-out lists with all that would be retrieved."""
+
+    train: list[Row]
+    held_out: list[Row]
+    served: list[Row]
+
+
+class Trainer:
+    """The model and the rows that it learns from."""
+
+    def __init__(
+        self,
+        rows: Split,
+        item_vectors: Floats,
+        categories: Rows,
+        settings: Settings,
+        device: torch.device,
+    ) -> None:
+        self._rows, self._vectors, self._settings, self._device = rows, item_vectors, settings, device
+        labels = np.concatenate([row.labels for row in rows.train])
+        trained = ["click"]
+        if float((labels[:, CONVERSION] > 0).sum()) >= LEAST_LABELS:
+            trained.append("conversion")
+        if float(np.isfinite(labels[:, VALUE]).sum()) >= LEAST_LABELS:
+            trained.append("value")
+        self.model = RankerModel(RankerConfig(item_vectors.shape[1], trained_heads=tuple(trained)))
+        self.model.set_scale(
+            torch.from_numpy(np.stack([row.features.user for row in rows.train])),
+            torch.from_numpy(np.concatenate([row.features.candidates for row in rows.train])),
+        )
+        self.model.to(device)
+        self._table = ItemTable(item_vectors, categories, device)
+        self._rng = np.random.default_rng(settings.offline.seed)
+
+    def run(self, reporter: Reporter, started: float) -> int:
+        """Trains until the held-out loss is no longer better or the time is over; returns the epoch kept."""
+        offline = self._settings.offline
+        optimiser = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        steps = -(-len(self._rows.train) // LISTS_PER_STEP)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, LEARNING_RATE, total_steps=steps * offline.ranker_epochs, pct_start=0.1
+        )
+        best, kept, kept_state = float("inf"), 0, copy.deepcopy(self.model.state_dict())
+        with reporter.bar("ranker: training", steps * offline.ranker_epochs) as advance:
+            for epoch in range(1, offline.ranker_epochs + 1):
+                self.model.train()
+                for lists in self._steps(self._rows.train, shuffle=True):
+                    optimiser.zero_grad()
+                    loss = self._loss(self._batch(lists, training=True))
+                    torch.autograd.backward(loss)
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+                    optimiser.step()
+                    schedule.step()
+                    advance(1)
+                held_out = self._held_out_loss()
+                if held_out < best:
+                    best, kept, kept_state = held_out, epoch, copy.deepcopy(self.model.state_dict())
+                limit = offline.max_train_seconds
+                if epoch - kept >= PATIENCE_EPOCHS or (limit and time.monotonic() - started > limit):
+                    break
+        self.model.load_state_dict(kept_state)
+        self.model.eval()
+        return kept
+
+    def _steps(self, rows: Sequence[Row], *, shuffle: bool) -> Iterator[list[Row]]:
+        order = self._rng.permutation(len(rows)) if shuffle else np.arange(len(rows))
+        for start in range(0, len(rows), LISTS_PER_STEP):
+            yield [rows[index] for index in order[start : start + LISTS_PER_STEP]]
+
+    def _batch(self, rows: Sequence[Row], *, training: bool = False) -> "_Batch":
+        features, vectors = [row.features for row in rows], [row.user_vector for row in rows]
+        inputs = collate(features, vectors, self._vectors.shape[1], len(self._table))
+        longest = inputs.candidates.shape[1]
+        labels = np.full((len(rows), longest, len(HEADS)), np.nan, np.float32)
+        positions = np.full((len(rows), longest), -1, np.int64)
+        for index, row in enumerate(rows):
+            labels[index, : len(row.labels)] = row.labels
+            positions[index, : len(row.labels)] = row.positions
+        if training:
+            inputs = self._without_some(inputs)
+        return _Batch(
+            inputs.to(self._device),
+            torch.from_numpy(labels).to(self._device),
+            torch.from_numpy(positions).to(self._device),
+        )
+
+    def _without_some(self, inputs: RankerBatch) -> RankerBatch:
+        size = len(inputs.users)
+        keep = torch.from_numpy((self._rng.random((size, 1)) >= VECTOR_DROPOUT).astype(np.float32))
+        blind = torch.from_numpy(self._rng.random(size) < SCORE_DROPOUT)
+        inputs.candidates[:, :, _SCORE][blind] = self.model.candidate_mean[_SCORE].cpu()
+        return inputs._replace(user_vectors=inputs.user_vectors * keep, has_vector=inputs.has_vector * keep)
+
+    def _loss(self, batch: "_Batch") -> Tensor:
+        logits = self.model(batch.inputs, self._table, batch.positions)
+        click = batch.labels[:, :, CLICK]
+        there = torch.isfinite(click)
+        wanted = torch.where(there, click, torch.zeros_like(click))
+        clicks = wanted.sum(1)
+        shares = logits[:, :, CLICK].masked_fill(~there, -1e4).log_softmax(1)
+        asked = clicks > 0
+        listwise = -((shares * wanted).sum(1) / clicks.clamp(min=1))[asked]
+        loss: Tensor = listwise.sum() / asked.sum().clamp(min=1) + _entropy(logits, batch.labels, CLICK)
+        if "conversion" in self.model.config.trained_heads:
+            loss = loss + CONVERSION_WEIGHT * _entropy(logits, batch.labels, CONVERSION)
+        if "value" in self.model.config.trained_heads:
+            loss = loss + VALUE_WEIGHT * _entropy(logits, batch.labels, VALUE)
+        return loss
+
+    def _held_out_loss(self) -> float:
+        rows = self._rows.held_out or self._rows.train
+        self.model.eval()
+        with torch.inference_mode():
+            losses = [
+                float(self._loss(self._batch(lists)._replace(positions=None)))
+                for lists in self._steps(rows, shuffle=False)
+            ]
+        return float(np.mean(losses))
+
+    def logits(self, rows: Sequence[Row], *, only_shown: bool) -> tuple[Floats, Floats]:
+        """Logits and labels of all candidates of some lists, [n, heads] each; `only_shown` leaves drawn ones out."""
+        logits, labels = [np.zeros((0, len(HEADS)), np.float32)], [np.zeros((0, len(HEADS)), np.float32)]
+        with torch.inference_mode():
+            for lists in self._steps(rows, shuffle=False):
+                batch = self._batch(lists)
+                made = self.model(batch.inputs, self._table).float().cpu().numpy()
+                for one, row in zip(made, lists, strict=True):
+                    kept = row.positions >= 0 if only_shown else np.ones(len(row.labels), np.bool_)
+                    logits.append(one[: len(row.labels)][kept])
+                    labels.append(row.labels[kept])
+        return np.concatenate(logits), np.concatenate(labels)
+
+
+class _Batch(NamedTuple):
+    inputs: RankerBatch
+    # [B, C, heads]; NaN = not known, or padding.
+    labels: Tensor
+    positions: Tensor | None
+
+
+def _entropy(logits: Tensor, labels: Tensor, head: int) -> Tensor:
+    """Mean cross-entropy over the candidates whose label is known."""
+    known = torch.isfinite(labels[:, :, head])
+    if not bool(known.any()):
+        return logits.sum() * 0
+    return binary_cross_entropy_with_logits(logits[:, :, head][known], labels[:, :, head][known])

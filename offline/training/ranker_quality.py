@@ -1,0 +1,89 @@
+"""How good a trained ranker is: its calibration and the quality of its order, on held-out time.
+
+Last step of offline/training/ranker.py. Invariant: a calibration is fitted on one half of the held-out lists and
+measured on the other.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from features.catalog import Floats
+from features.vectors import CANDIDATE_FEATURES
+from offline.training.ranker_fit import Trainer
+from offline.training.ranker_rows import Row
+from ranker.calibration import Calibration, expected_calibration_error, fit_platt
+from ranker.model import CLICK, HEADS
+from ranker.scorer import Scorer
+
+CUTOFF = 10
+# Clicks on lists that were shown which a calibration on such lists needs.
+LEAST_SHOWN_CLICKS = 100
+_SCORE = CANDIDATE_FEATURES.index("retrieval_score")
+
+
+def calibrate(trainer: Trainer, held_out: Sequence[Row]) -> tuple[Calibration, dict[str, float]]:
+    """Fits each head on every other held-out list and measures it on the rest.
+
+    On lists that were shown where there are enough of them, so that a probability is one of being clicked when
+    shown; else on lists with drawn negatives.
+    """
+    if not held_out:
+        return Calibration(), {}
+    shown = [row for row in held_out if row.shown]
+    clicks = sum(float((row.labels[:, CLICK] > 0).sum()) for row in shown)
+    on_shown = clicks >= LEAST_SHOWN_CLICKS
+    lists = shown if on_shown else held_out
+    fit, check = (trainer.logits(lists[start::2], only_shown=on_shown) for start in (0, 1))
+    heads, metrics = {}, {}
+    for head in trainer.model.config.trained_heads:
+        index = HEADS.index(head)
+        (x, y), (x_check, y_check) = (_known(part, index) for part in (fit, check))
+        heads[head] = fit_platt(x, y)
+        name = "ece" if head == "click" else f"{head}_ece"
+        metrics[name] = expected_calibration_error(heads[head](x_check), y_check)
+    x, y = _known(trainer.logits(held_out, only_shown=False), CLICK)
+    return Calibration(heads, "impressions" if on_shown else "sampled"), {**metrics, "auc": auc(x, y)}
+
+
+def order(scorer: Scorer, served: Sequence[Row], item_vectors: Floats) -> dict[str, float]:
+    """NDCG@10 of the retrieved candidates in the ranker's order and in that of retrieval."""
+    ranked, retrieved = [], []
+    for row in served:
+        gains = (row.labels[:, CLICK] > 0).astype(np.float32)
+        (scores,) = scorer.score([row.features], [row.user_vector])
+        ranked.append(ndcg(scores.score, gains, row.missed_count))
+        by_source = row.features.candidates[:, _SCORE]
+        vector = row.user_vector
+        by_vector = by_source if vector is None else item_vectors[row.features.candidate_rows] @ vector
+        retrieved.append(ndcg(by_vector, gains, row.missed_count))
+    if not ranked:
+        return {}
+    return {"ndcg_at_10": float(np.mean(ranked)), "retrieval_ndcg_at_10": float(np.mean(retrieved))}
+
+
+def ndcg(scores: Floats, gains: Floats, missed: int = 0, cutoff: int = CUTOFF) -> float:
+    """NDCG of one list with gains of 0 or 1; `missed` further relevant items are not in the list."""
+    relevant = int(gains.sum()) + missed
+    if relevant == 0:
+        return 0.0
+    best = np.argsort(-scores, kind="stable")[:cutoff]
+    discounts = 1 / np.log2(np.arange(2, cutoff + 2))
+    return float((gains[best] * discounts[: len(best)]).sum() / discounts[:relevant].sum())
+
+
+def auc(scores: Floats, labels: Floats) -> float:
+    """Probability that a positive scores above a negative, ties half; 0.5 where one kind is missing."""
+    positive = labels > 0.5
+    count, others = int(positive.sum()), int((~positive).sum())
+    if count == 0 or others == 0:
+        return 0.5
+    _, inverse, ties = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[inverse]
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def _known(part: tuple[Floats, Floats], head: int) -> tuple[Floats, Floats]:
+    logits, labels = part
+    known = np.isfinite(labels[:, head])
+    return logits[known, head], labels[known, head]
