@@ -31,7 +31,7 @@ from streams.watchdog import Watchdog
 
 _log = get_logger("streams")
 
-_KAFKA_SECONDS = 5.0
+_KAFKA_SECONDS = 1.0
 
 
 async def serve(settings: Settings, process: Process) -> None:
@@ -80,7 +80,7 @@ class Worker:
             StatsBroadcast(producer, topics.item_stats, streams.stats_broadcast_interval_ms),
             self.updater.mark,
         )
-        self.watchdog = Watchdog(settings, self.reader.processed)
+        self.watchdog = Watchdog(settings, self.reader.processed, self.reader.skip_expired)
         self.popularity = PopularityWriter(settings, stores[2])
         self.parts: list[Any] = [self.watchdog, self.popularity, self.updater, self.reader]
         if self.sink is not None:

@@ -7,7 +7,7 @@ any error of the store, and after anything unexpected, the rows in memory are dr
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,8 @@ class BatchReader:
         self._marker_due = self._commit_due = self._place_due = 0.0
         self._backoff_seconds = _BACKOFF_SECONDS[0]
         self._problem = "not started"
+        # What the client said last of Kafka, for whoever asks why there is nothing to read.
+        self._kafka_problem = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="batch-reader", daemon=True)
 
@@ -99,12 +101,19 @@ class BatchReader:
     def owns(self, partition: int) -> bool:
         return partition in self._placed
 
+    def skip_expired(self, oldest: Mapping[Where, int]) -> None:
+        """Told the oldest offsets that Kafka still has: what the event log lacks below them will never come."""
+        for where, target in list(self._targets.items()):
+            if oldest.get(where, 0) > target:
+                self._targets.pop(where, None)
+
     def problem(self) -> str | None:
         """Why this reader is not ready, or nothing."""
         if self._problem:
             return self._problem
         if not self._assigned_once:
-            return f"no partitions yet from group {self._settings.streams.group_id}"
+            why = f" ({self._kafka_problem})" if self._kafka_problem else ""
+            return f"no partitions yet from group {self._settings.streams.group_id}{why}"
         waiting = self._owned - self._placed
         if waiting:
             return f"{len(waiting)} partitions wait for their marker"
@@ -186,7 +195,8 @@ class BatchReader:
         for message in messages:
             error = message.error()
             if error is not None:
-                _log.warning("kafka", problem=error.str())
+                self._kafka_problem = error.str()
+                _log.warning("kafka", problem=self._kafka_problem)
                 continue
             topic, partition, offset = message.topic(), message.partition(), message.offset()
             if partition not in self._placed:
@@ -298,11 +308,6 @@ class BatchReader:
                 consumer.commit(offsets=offsets, asynchronous=True)
         except KafkaException as error:
             _log.debug("offsets not committed", problem=str(error))
-        for where in [where for where, target in self._targets.items() if self._processed[where] < target]:
-            low, _ = consumer.get_watermark_offsets(TopicPartition(*where), timeout=_METADATA_SECONDS)
-            if low > self._targets[where]:
-                # Kafka no longer has what the event log lacks: there is nothing to wait for.
-                del self._targets[where]
 
     def _drain(self, consumer: Consumer) -> None:
         try:

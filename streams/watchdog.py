@@ -6,6 +6,7 @@ a partition counts as stalled only while it has messages that are not processed.
 
 import threading
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
@@ -20,16 +21,33 @@ _log = get_logger("streams.watchdog")
 
 Where = tuple[str, int]
 _REQUEST_SECONDS = 5.0
+_PAUSE_SECONDS = 2.0
+
+
+class Bounds(NamedTuple):
+    """What Kafka has of a topic-partition."""
+
+    oldest: int
+    # The offset that the next message will get.
+    end: int
 
 
 class Watchdog:
-    """Lag and stalls of the partitions that `processed` names (newest processed offset, -1 for none)."""
+    """Lag and stalls of the partitions that `processed` names (newest processed offset, -1 for none).
+
+    `on_oldest` is told the oldest offset of each that Kafka still has.
+    """
 
     def __init__(
-        self, settings: Settings, processed: Callable[[], Mapping[Where, int]], clock: Clock | None = None
+        self,
+        settings: Settings,
+        processed: Callable[[], Mapping[Where, int]],
+        on_oldest: Callable[[Mapping[Where, int]], None] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._settings = settings
         self._processed = processed
+        self._on_oldest = on_oldest or (lambda _: None)
         self._clock = clock or SystemClock()
         self._stall_seconds = settings.streams.stall_timeout_ms / 1000
         # Of partitions with lag: where each was when it was first seen there, and when that was.
@@ -53,14 +71,16 @@ class Watchdog:
         names = ", ".join(f"{topic}/{partition}" for topic, partition in self._stalled[:3])
         return f"{len(self._stalled)} partitions have not moved for {self._stall_seconds:g} s: {names}"
 
-    def look(self, ends: Mapping[Where, int], processed: Mapping[Where, int]) -> None:
-        """Compares where the partitions end (next offset) with how far they are processed."""
+    def look(self, bounds: Mapping[Where, Bounds], processed: Mapping[Where, int]) -> None:
+        """Compares what Kafka has of the partitions with how far they are processed."""
         now = self._clock.monotonic()
         stalled = []
         for where in [where for where in self._moved if where not in processed]:
             del self._moved[where]
         for where, offset in processed.items():
-            lag = max(0, ends.get(where, 0) - 1 - offset)
+            oldest, end = bounds.get(where, Bounds(0, 0))
+            # What Kafka no longer has is not waited for.
+            lag = max(0, end - max(oldest, offset + 1))
             metrics.LAG.labels(where[0], str(where[1])).set(lag)
             before = self._moved.get(where)
             if lag == 0:
@@ -71,21 +91,26 @@ class Watchdog:
                 stalled.append(where)
         metrics.STALLED.set(len(stalled))
         self._stalled = sorted(stalled)
+        self._on_oldest({where: oldest for where, (oldest, _) in bounds.items()})
 
     def _run(self) -> None:
         admin = AdminClient(client_config(self._settings.kafka))
-        pause = min(2.0, self._stall_seconds / 4)
+        pause = min(_PAUSE_SECONDS, self._stall_seconds / 4)
         while not self._stopping.wait(pause):
             processed = self._processed()
             try:
                 if processed:
-                    self.look(self._ends(admin, processed), processed)
+                    self.look(_bounds(admin, processed), processed)
             except (KafkaException, TimeoutError) as error:
                 # Kafka is away: nothing can be said about lag, and the reader says that itself.
                 _log.debug("no offsets from kafka", problem=str(error))
 
-    @staticmethod
-    def _ends(admin: AdminClient, wheres: Mapping[Where, int]) -> dict[Where, int]:
-        asked = {TopicPartition(*where): OffsetSpec.latest() for where in wheres}  # type: ignore[no-untyped-call]
-        answers = admin.list_offsets(asked, request_timeout=_REQUEST_SECONDS)
-        return {(tp.topic, tp.partition): future.result(_REQUEST_SECONDS).offset for tp, future in answers.items()}
+
+def _bounds(admin: AdminClient, wheres: Mapping[Where, int]) -> dict[Where, Bounds]:
+    asked = [TopicPartition(*where) for where in wheres]
+    found = []
+    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]
+        answers = admin.list_offsets(dict.fromkeys(asked, spec), request_timeout=_REQUEST_SECONDS)
+        found.append({(tp.topic, tp.partition): future.result(_REQUEST_SECONDS) for tp, future in answers.items()})
+    oldest, ends = found
+    return {where: Bounds(oldest[where].offset, ends[where].offset) for where in wheres}

@@ -35,10 +35,11 @@ class Encoder(CandidateServiceServicer):
     def __init__(self) -> None:
         self.version = "towers-1"
         self.calls: list[list[str]] = []
-        self.gate = threading.Event()
+        self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
 
     def EncodeUsers(self, request, context):
+        self.entered.set()
         self.gate.wait(10)
         self.calls.append([user.user_id for user in request.users])
         if any(user.user_id.startswith("bad") for user in request.users):
@@ -171,7 +172,7 @@ def test_an_answer_for_an_older_revision_never_replaces_a_newer_vector(house, se
     service.encoder.gate.clear()
     house.put("u", revision=5)
     updater.mark({"u"})
-    wait_until(lambda: not updater._dirty)
+    assert service.encoder.entered.wait(10)
     # Another worker is faster, with a newer state.
     cells = {"vector": [9.0], "embedding_version": "towers-1", "embedding_revision": 9}
     house.store.write([Write(USER_EMBEDDING, ("u",), cells)])

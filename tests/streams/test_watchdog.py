@@ -2,24 +2,24 @@
 
 from core.clock import ManualClock
 from core.settings import load_settings
-from streams.watchdog import Watchdog
+from streams.watchdog import Bounds, Watchdog
 
 A, B = ("t", 0), ("t", 1)
 
 
 def watchdog(clock: ManualClock) -> Watchdog:
-    return Watchdog(load_settings(overrides={"streams": {"stall_timeout_ms": 1000}}), dict, clock)
+    return Watchdog(load_settings(overrides={"streams": {"stall_timeout_ms": 1000}}), dict, clock=clock)
 
 
 def test_lag_that_does_not_shrink_is_a_stall() -> None:
     clock = ManualClock()
     dog = watchdog(clock)
-    dog.look({A: 10, B: 10}, {A: 4, B: 9})
+    dog.look({A: Bounds(0, 10), B: Bounds(0, 10)}, {A: 4, B: 9})
     clock.advance(999)
-    dog.look({A: 10, B: 10}, {A: 4, B: 9})
+    dog.look({A: Bounds(0, 10), B: Bounds(0, 10)}, {A: 4, B: 9})
     assert dog.problem() is None
     clock.advance(1)
-    dog.look({A: 12, B: 10}, {A: 4, B: 9})
+    dog.look({A: Bounds(0, 12), B: Bounds(0, 10)}, {A: 4, B: 9})
     assert "t/0" in dog.problem()
     assert "t/1" not in dog.problem()
 
@@ -28,7 +28,7 @@ def test_a_slow_partition_is_not_a_stalled_one() -> None:
     clock = ManualClock()
     dog = watchdog(clock)
     for offset in range(10):
-        dog.look({A: 1000}, {A: offset})
+        dog.look({A: Bounds(0, 1000)}, {A: offset})
         clock.advance(900)
         assert dog.problem() is None
 
@@ -37,20 +37,31 @@ def test_a_partition_without_messages_never_stalls() -> None:
     clock = ManualClock()
     dog = watchdog(clock)
     for _ in range(5):
-        dog.look({A: 0, B: 7}, {A: -1, B: 6})
+        dog.look({A: Bounds(0, 0), B: Bounds(0, 7)}, {A: -1, B: 6})
         clock.advance(5000)
     assert dog.problem() is None
     # The clock of the stall starts when there is something to do.
-    dog.look({A: 0, B: 8}, {A: -1, B: 6})
+    dog.look({A: Bounds(0, 0), B: Bounds(0, 8)}, {A: -1, B: 6})
     assert dog.problem() is None
 
 
 def test_what_moves_again_or_belongs_to_another_worker_is_forgotten() -> None:
     clock = ManualClock()
     dog = watchdog(clock)
-    dog.look({A: 10, B: 10}, {A: 4, B: 4})
+    dog.look({A: Bounds(0, 10), B: Bounds(0, 10)}, {A: 4, B: 4})
     clock.advance(2000)
-    dog.look({A: 10, B: 10}, {A: 4, B: 4})
+    dog.look({A: Bounds(0, 10), B: Bounds(0, 10)}, {A: 4, B: 4})
     assert dog.problem() is not None
-    dog.look({A: 10}, {A: 5})
+    dog.look({A: Bounds(0, 10)}, {A: 5})
     assert dog.problem() is None
+
+
+def test_messages_that_kafka_no_longer_has_are_no_lag() -> None:
+    clock, told = ManualClock(), []
+    settings = load_settings(overrides={"streams": {"stall_timeout_ms": 1000}})
+    dog = Watchdog(settings, dict, told.append, clock)
+    for _ in range(3):
+        dog.look({A: Bounds(50, 50)}, {A: 4})
+        clock.advance(2000)
+    assert dog.problem() is None
+    assert told[-1] == {A: 50}
