@@ -148,7 +148,8 @@ def make_app(settings: Settings, topics: dict[str, QuietTopic], parts: Sequence[
     logging.getLogger("aiokafka").setLevel(logging.ERROR)
     session_seconds = settings.streams.session_timeout_ms / 1000
     app = faust.App(
-        f"{settings.streams.group_id}-profiles",
+        # Of the project, too: another one (`headrace rebuild --project`) needs its own profiles.
+        f"{settings.streams.group_id}-{settings.features.project}-profiles",
         broker=[f"kafka://{address}" for address in settings.kafka.bootstrap_servers.split(",")],
         autodiscover=False,
         datadir=folder,

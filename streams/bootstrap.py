@@ -7,6 +7,7 @@ event log's buffers and leaves the group, in this order.
 import asyncio
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
 from features.definitions import ITEM_PROFILE, USER_PROFILE
+from features.stores.erasures import Erasures, erase_again
 from features.stores.online import OnlineStore
 from streams.app import QuietTopic, make_app
 from streams.broadcast import StatsBroadcast
 from streams.dead_letters import DeadLetters
 from streams.popularity import PopularityWriter
-from streams.profiles import ProfileProcessor
+from streams.profiles import Erasing, ProfileProcessor
 from streams.reader import BatchReader
 from streams.rows import Rows
 from streams.sink import EventLogSink
+from streams.topic_ends import TopicEnds
 from streams.updater import EmbeddingUpdater
 from streams.watchdog import Watchdog
 
@@ -71,6 +74,7 @@ class Worker:
         stores = [OnlineStore(settings.redis, settings.features.project) for _ in range(5)]
         letters = DeadLetters(producer)
         self.sink = EventLogSink(streams, topics) if streams.event_log_path else None
+        records = Erasures(streams.event_log_path) if streams.event_log_path else None
         self.updater = EmbeddingUpdater(settings, stores[0], lambda partition: self.reader.owns(partition))
         self.reader = BatchReader(
             settings,
@@ -79,6 +83,7 @@ class Worker:
             self.sink,
             StatsBroadcast(producer, topics.item_stats, streams.stats_broadcast_interval_ms),
             self.updater.mark,
+            erase_again=None if records is None else partial(erase_again, stores[1], records),
         )
         self.watchdog = Watchdog(settings, self.reader.processed, self.reader.skip_expired)
         self.popularity = PopularityWriter(settings, stores[2])
@@ -86,7 +91,8 @@ class Worker:
         if self.sink is not None:
             self.parts.insert(0, self.sink)
         items = ProfileProcessor(ITEM_PROFILE, stores[3], sources)
-        users = ProfileProcessor(USER_PROFILE, stores[4], sources, self.updater.forget)
+        erasing = Erasing(TopicEnds(settings.kafka, sources), records, self.updater.forget)
+        users = ProfileProcessor(USER_PROFILE, stores[4], sources, erasing)
         self.quiet_topics = {
             topics.items: QuietTopic(items, letters, self.sink, sources[topics.items], stopping),
             topics.users: QuietTopic(users, letters, self.sink, sources[topics.users], stopping),

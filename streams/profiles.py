@@ -5,17 +5,20 @@ replaces it, so messages may come twice; nothing raises but StageError, which th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import Message
 
 from core import codec
+from core.clock import Clock, SystemClock
 from core.errors import MalformedEventError, StageError
 from core.telemetry import get_logger
-from features.definitions import ITEM_PROFILE, ColumnType, View
-from features.stores.layout import Cell, decode_cell
-from features.stores.online import ABSENT, OnlineStore, Row, Write
-from features.windows import decode_offsets, encode_offsets
+from features.definitions import ITEM_PROFILE, View
+from features.stores import erasures
+from features.stores.erasures import Erasure, Erasures
+from features.stores.layout import Cell
+from features.stores.online import ABSENT, OnlineStore, Row, Write, read_offsets
+from features.windows import Position, encode_offsets
 from headrace.v1.events_pb2 import Item, User
 from headrace.v1.store_pb2 import SourceOffsets
 from streams import metrics
@@ -39,6 +42,20 @@ class Profiles:
     letters: list[tuple[RawMessage, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Erasing:
+    """What the users agent needs for tombstones.
+
+    `ends` gives the newest position of each user-keyed topic that holds the users of a partition of the users topic.
+    Without `records` (no event log) an erasure lasts as long as its row.
+    """
+
+    ends: Callable[[int], dict[tuple[int, int], int]]
+    records: Erasures | None = None
+    on_erased: Callable[[str], None] = lambda _: None
+    clock: Clock = field(default_factory=SystemClock)
+
+
 class ProfileProcessor:
     """One of the two quiet topics. Not thread-safe: a store of its own, one batch at a time."""
 
@@ -47,12 +64,12 @@ class ProfileProcessor:
         view: View,
         store: OnlineStore,
         sources: Mapping[str, int],
-        on_erased: Callable[[str], None] | None = None,
+        erasing: "Erasing | None" = None,
     ) -> None:
         self._view = view
         self._store = store
         self._sources = sources
-        self._on_erased = on_erased
+        self._erasing = erasing
         self._offsets_column = "item_offsets" if view is ITEM_PROFILE else "profile_offsets"
 
     def sort_out(self, batch: Sequence[RawMessage]) -> Profiles:
@@ -74,10 +91,10 @@ class ProfileProcessor:
 
     def write(self, profiles: Profiles) -> None:
         """Writes rows and removes what tombstones name. Raises StageError; writing again does no harm."""
-        for key in self._remove(profiles.removals):
-            if self._on_erased is not None:
-                self._on_erased(key)
-                metrics.ERASED_USERS.inc()
+        if self._erasing is None:
+            self._remove(profiles.removals)
+        else:
+            self._erase(self._erasing, profiles.removals)
         waiting = {key: entry for key, entry in profiles.newest.items() if entry[0] is not None}
         for _ in range(_ATTEMPTS):
             if not waiting:
@@ -85,7 +102,7 @@ class ProfileProcessor:
             waiting = self._write_once(waiting)
         raise StageError("redis", f"{len(waiting)} rows of {self._view.name} were changed by others all the time")
 
-    def _remove(self, removals: Mapping[str, RawMessage]) -> list[str]:
+    def _remove(self, removals: Mapping[str, RawMessage]) -> None:
         """Removes all that is kept under a key, unless the row is newer than the tombstone (which came again)."""
         stored = self._store.read(self._view, [(key,) for key in removals], (self._offsets_column,))
         keys = [
@@ -94,7 +111,20 @@ class ProfileProcessor:
             if self._stored_offsets(row).get((self._sources[raw.topic], raw.partition), -1) < raw.offset
         ]
         self._store.delete(self._view, [(key,) for key in keys])
-        return keys
+
+    def _erase(self, erasing: "Erasing", removals: Mapping[str, RawMessage]) -> None:
+        """Users: what a tombstone means stands in features/stores/erasures.py."""
+        found = [
+            Erasure(key, Position(self._sources[raw.topic], raw.partition, raw.offset)) for key, raw in removals.items()
+        ]
+        for bare in erasures.pending(self._store, found):
+            erasure = replace(bare, cut=erasing.ends(bare.tombstone.partition), time_ms=erasing.clock.now_ms())
+            if erasing.records is not None:
+                # Before the row goes: once it is gone nothing else knows how far the erasure reaches.
+                erasure = erasing.records.add(erasure)
+            for user_id in erasures.apply(self._store, [erasure]):
+                erasing.on_erased(user_id)
+                metrics.ERASED_USERS.inc()
 
     def _write_once(
         self, waiting: Mapping[str, tuple[Message | None, RawMessage]]
@@ -141,5 +171,4 @@ class ProfileProcessor:
         raise TypeError(f"no row for {type(message).__name__}")
 
     def _stored_offsets(self, row: Row) -> dict[tuple[int, int], int]:
-        value = decode_cell(ColumnType.BYTES, row.raw.get(self._offsets_column, ABSENT))
-        return decode_offsets(SourceOffsets.FromString(value).offsets) if isinstance(value, bytes) else {}
+        return read_offsets(row.raw.get(self._offsets_column, ABSENT))

@@ -58,8 +58,11 @@ class BatchReader:
         broadcast: StatsBroadcast,
         on_dirty: Callable[[set[str]], None],
         clock: Clock | None = None,
+        erase_again: Callable[[], object] | None = None,
     ) -> None:
         self._settings = settings
+        # Before any marker is believed: erased users whose rows are back, or lost, are erased again.
+        self._erase_again = erase_again or (lambda: None)
         self._rows, self._dead_letters, self._sink, self._broadcast = rows, dead_letters, sink, broadcast
         self._on_dirty = on_dirty
         self._clock = clock or SystemClock()
@@ -234,6 +237,7 @@ class BatchReader:
         waiting = sorted(self._owned - self._placed)
         if not waiting or self._clock.monotonic() < self._place_due:
             return
+        self._erase_again()
         starts: list[TopicPartition] = []
         targets: dict[Where, int] = {}
         for partition in waiting:

@@ -23,6 +23,7 @@ from devstack.kafka_broker import FETCH_WAIT_MAX_MS
 from devstack.ports import Ports
 from devstack.redis_server import redis_spec, redis_url
 from devstack.topics import ensure_topics
+from features.stores.erasures import Erasures, erase_again
 from features.stores.online import OnlineStore
 from streams.broadcast import StatsBroadcast
 from streams.dead_letters import DeadLetters
@@ -154,6 +155,7 @@ class ReaderPart:
         topics = Topics(settings.kafka.topic_prefix)
         self.store = OnlineStore(settings.redis, settings.features.project)
         self.sink = EventLogSink(settings.streams, topics) if settings.streams.event_log_path else None
+        self.records = Erasures(settings.streams.event_log_path)
         self.dirty: set[str] = set()
         self.reader = BatchReader(
             settings,
@@ -162,6 +164,7 @@ class ReaderPart:
             self.sink,
             StatsBroadcast(producer, topics.item_stats, settings.streams.stats_broadcast_interval_ms),
             self.dirty.update,
+            erase_again=self._erase_again,
         )
 
     def start(self) -> "ReaderPart":
@@ -174,6 +177,10 @@ class ReaderPart:
         self.reader.stop()
         if self.sink is not None:
             self.sink.stop()
+
+    def _erase_again(self) -> None:
+        if self.sink is not None:
+            erase_again(self.store, self.records)
 
     def wait_for(self, written: list[Written], timeout_seconds: float = 30) -> None:
         """Returns when all of these messages are processed."""

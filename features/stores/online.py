@@ -30,6 +30,14 @@ if (seen or '') ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 3))
 return 1
 """
+# The same, and what the row held else is gone.
+_COMPARE_AND_REPLACE = """
+local seen = redis.call('HGET', KEYS[1], ARGV[1])
+if (seen or '') ~= ARGV[2] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+return 1
+"""
 ABSENT = b""
 
 
@@ -81,6 +89,7 @@ class OnlineStore:
             redis_connect_func=self._on_connect,
         )
         self._compare_and_set = self._client.register_script(_COMPARE_AND_SET)
+        self._compare_and_replace = self._client.register_script(_COMPARE_AND_REPLACE)
 
     def ping(self) -> None:
         self._run(self._client.ping)
@@ -114,6 +123,22 @@ class OnlineStore:
                 pipeline.hset(key, items=values)
         results = self._run(pipeline.execute)
         return [bool(result) or not write.guard for write, result in zip(writes, results, strict=True)]
+
+    def replace(self, writes: Sequence[Write]) -> bool:
+        """Makes these cells all that is kept of one entity, in one step, if the first write's guard holds.
+
+        The views count as never written: a row of this kind says only which positions are behind it.
+        """
+        first = writes[0]
+        values: list[bytes] = []
+        for write in writes:
+            layout = self._layout(write.view)
+            types = {column.name: column.type for column in write.view.columns}
+            for name, cell in write.cells.items():
+                values += [layout.fields[name], encode_cell(types[name], cell)]
+        key = row_key(self._project, first.view.join_keys, first.key)
+        guard = self._layout(first.view).fields[first.guard]
+        return bool(self._run(lambda: self._compare_and_replace([key], [guard, first.expected, *values])))
 
     def delete(self, view: View, keys: Sequence[tuple[str, ...]]) -> int:
         """Removes whole entities (all views that share the hash); returns how many were there."""
@@ -189,6 +214,12 @@ class OnlineStore:
             raise StoreChangedError from error
         except redis.RedisError as error:
             raise StageError("redis", f"{type(error).__name__}: {error}") from error
+
+
+def read_offsets(raw: bytes) -> dict[tuple[int, int], int]:
+    """The positions in the raw bytes of an offsets column; none where there are none."""
+    value = decode_cell(ColumnType.BYTES, raw)
+    return decode_offsets(SourceOffsets.FromString(value).offsets) if isinstance(value, bytes) else {}
 
 
 def _escape_glob(raw: bytes) -> bytes:

@@ -3,11 +3,14 @@
 import pytest
 
 from core.settings import load_settings
-from features.definitions import ITEM_PROFILE, USER_PROFILE, USER_STATE
-from features.stores.online import OnlineStore, Write
+from features import windows
+from features.definitions import ITEM_PROFILE, USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE
+from features.stores.online import OnlineStore, Write, read_offsets
+from features.windows import UserState, encode_offsets
 from headrace.v1.events_pb2 import Item, User
+from headrace.v1.store_pb2 import SourceOffsets
 from streams.processor import RawMessage
-from streams.profiles import ProfileProcessor
+from streams.profiles import Erasing, ProfileProcessor
 
 SOURCES = {"items": 11, "users": 12}
 
@@ -61,24 +64,58 @@ def test_what_is_malformed_becomes_a_letter_and_the_rest_is_written(store) -> No
     assert len(profiles.rows) == 1
 
 
+CUT = {(21, 0): 40}
+
+
+def erasing(erased: list[str]) -> Erasing:
+    return Erasing(lambda _: dict(CUT), on_erased=erased.append)
+
+
+def state_of(store, user_id: str) -> UserState:
+    return windows.decode(store.read(USER_STATE, [(user_id,)])[0].cells.get("state", b""))
+
+
 def test_a_user_tombstone_removes_all_that_is_kept_of_the_user(store) -> None:
     erased = []
-    users = ProfileProcessor(USER_PROFILE, store, SOURCES, erased.append)
+    users = ProfileProcessor(USER_PROFILE, store, SOURCES, erasing(erased))
     play(users, user(0, "u", "anglers"))
-    store.write([Write(USER_STATE, ("u",), {"state": b"s", "revision": 1})])
+    old = UserState(revision=3, offsets={(21, 0): 7, (22, 0): 9})
+    offsets = SourceOffsets(offsets=encode_offsets(old.offsets)).SerializeToString()
+    store.write([Write(USER_STATE, ("u",), {"state": windows.encode(old), "offsets": offsets, "revision": 3})])
+    store.write([Write(USER_EMBEDDING, ("u",), {"vector": [1.0], "embedding_revision": 3})])
+    store.write([Write(USER_BATCH_SCORES, ("u",), {"batch_item_ids": ["i"]})])
     play(users, user(1, "u", None))
     assert erased == ["u"]
-    assert store.read(USER_STATE, [("u",)])[0].cells == {}
-    assert store.read(USER_PROFILE, [("u",)])[0].cells == {}
+    (row,) = store.read(USER_STATE, [("u",)])
+    assert set(row.cells) == {"state", "offsets"}
+    assert row.time_ms is None, "to readers of features there is no row"
+    assert state_of(store, "u") == UserState(offsets={(21, 0): 40, (22, 0): 9, (12, 0): 1})
+    assert read_offsets(row.raw["offsets"]) == state_of(store, "u").offsets
+    assert store.read(USER_EMBEDDING, [("u",)])[0].cells == {}
+    assert store.read(USER_BATCH_SCORES, [("u",)])[0].cells == {}
+    assert set(store.read(USER_PROFILE, [("u",)])[0].cells) == {"profile_offsets"}
+    # What came before does not come back, in whatever order it is read again.
+    play(users, user(0, "u", "anglers"))
+    play(users, user(1, "u", None))
+    assert erased == ["u"]
+    assert set(store.read(USER_PROFILE, [("u",)])[0].cells) == {"profile_offsets"}
 
 
 def test_a_user_who_comes_back_in_the_same_batch_begins_anew(store) -> None:
-    users = ProfileProcessor(USER_PROFILE, store, SOURCES)
-    store.write([Write(USER_STATE, ("u",), {"state": b"old", "revision": 1})])
+    users = ProfileProcessor(USER_PROFILE, store, SOURCES, erasing([]))
+    store.write([Write(USER_STATE, ("u",), {"state": windows.encode(UserState(revision=1)), "revision": 1})])
     play(users, user(0, "u", None), user(1, "u", "new"))
-    assert store.read(USER_STATE, [("u",)])[0].cells == {}
+    assert state_of(store, "u").revision == 0
     assert store.read(USER_PROFILE, [("u",)])[0].cells["profile_segment"] == "new"
     # The tombstone comes again after a restart: what was built since then stays.
-    store.write([Write(USER_STATE, ("u",), {"state": b"new", "revision": 1})])
+    store.write([Write(USER_STATE, ("u",), {"state": windows.encode(UserState(revision=2)), "revision": 2})])
     play(users, user(0, "u", None), user(1, "u", "new"))
-    assert store.read(USER_STATE, [("u",)])[0].cells["state"] == b"new"
+    assert state_of(store, "u").revision == 2
+
+
+def test_an_erased_user_who_comes_back_without_a_profile_is_not_erased_again(store) -> None:
+    users = ProfileProcessor(USER_PROFILE, store, SOURCES, erasing([]))
+    play(users, user(0, "u", None))
+    store.write([Write(USER_STATE, ("u",), {"state": windows.encode(UserState(revision=1)), "revision": 1})])
+    play(users, user(0, "u", None))
+    assert state_of(store, "u").revision == 1

@@ -1,0 +1,55 @@
+"""Where the user-keyed topics end, for tombstones: everything up to there is what a user's erasure reaches.
+
+Asked by the users agent (profiles.py) on its thread. Invariant: the answer covers every message of the user that Kafka
+had acknowledged when it was asked.
+"""
+
+from collections.abc import Mapping
+
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+
+from core.errors import StageError
+from core.kafka import client_config
+from core.settings import KafkaSettings
+from core.topics import Topics
+
+_REQUEST_SECONDS = 5.0
+
+
+class TopicEnds:
+    """Callable: partition of the users topic -> newest positions."""
+
+    def __init__(self, settings: KafkaSettings, sources: Mapping[str, int]) -> None:
+        self._settings = settings
+        self._topics = Topics(settings.topic_prefix)
+        self._sources = sources
+        self._admin: AdminClient | None = None
+
+    def __call__(self, partition: int) -> dict[tuple[int, int], int]:
+        """(source, partition) -> newest offset, of each user-keyed topic that holds anything there.
+
+        Raises:
+            StageError: Kafka does not answer.
+        """
+        self._admin = self._admin or AdminClient(client_config(self._settings))
+        try:
+            wheres = [
+                TopicPartition(topic, number)
+                for topic in self._topics.user_keyed
+                for number in self._partitions(self._admin, topic, partition)
+            ]
+            asked = {where: OffsetSpec.latest() for where in wheres}  # type: ignore[no-untyped-call]
+            answers = self._admin.list_offsets(asked, request_timeout=_REQUEST_SECONDS)
+            ends = {(tp.topic, tp.partition): future.result(_REQUEST_SECONDS) for tp, future in answers.items()}
+        except (KafkaException, TimeoutError) as error:
+            raise StageError("kafka", f"{self._settings.bootstrap_servers} does not tell where topics end") from error
+        return {(self._sources[topic], number): end.offset - 1 for (topic, number), end in ends.items() if end.offset}
+
+    def _partitions(self, admin: AdminClient, topic: str, partition: int) -> list[int]:
+        """Where the users of a partition of the users topic are: the same one, if the counts agree; else anywhere."""
+        counts = [
+            len(admin.list_topics(name, timeout=_REQUEST_SECONDS).topics[name].partitions)
+            for name in (topic, self._topics.users)
+        ]
+        return [partition] if counts[0] == counts[1] else list(range(counts[0]))
