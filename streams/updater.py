@@ -92,7 +92,7 @@ class EmbeddingUpdater:
             self._thread.join()
 
     def mark(self, users: Iterable[str]) -> None:
-        """These users' states have a new revision."""
+        """These users' states have, or may have, a new revision."""
         now = self._clock.monotonic()
         with self._changed:
             for user_id in users:
@@ -101,6 +101,13 @@ class EmbeddingUpdater:
                     self._sweep_due = min(now + _BACKOFF_SECONDS[1], self._sweep_due or now + _BACKOFF_SECONDS[1])
                     break
                 self._dirty.setdefault(user_id, now)
+            self._changed.notify_all()
+
+    def sweep_soon(self) -> None:
+        """Looks at the whole store (again): this worker has taken over users of another one."""
+        with self._changed:
+            # A sweep under way may be past them already; the next one begins when it has ended.
+            self._sweep_due = self._clock.monotonic()
             self._changed.notify_all()
 
     def forget(self, user_id: str) -> None:
@@ -167,7 +174,9 @@ class EmbeddingUpdater:
             self._sweep_due = 0.0
         pause = self._backoff_seconds
         self._backoff_seconds = min(2 * pause, _BACKOFF_SECONDS[1])
-        _log.warning("vectors wait", problem=str(error), users=len(self._dirty), pause_seconds=pause)
+        # Once as it begins; the metrics tell how long it lasts.
+        tell = _log.warning if pause == _BACKOFF_SECONDS[0] else _log.debug
+        tell("vectors wait", problem=str(error), users=len(self._dirty), pause_seconds=pause)
         self._stopping.wait(pause)
 
     # --- encoding ---
@@ -244,9 +253,10 @@ class EmbeddingUpdater:
             except grpc.RpcError as error:
                 raise self._translated(error) from error
             self._version = info.embedding_version
-            self._sweep = iter(self._store.keys_of(USER_STATE))
             interval = self._settings.sweep_interval_seconds
-            self._sweep_due = self._clock.monotonic() + interval if interval else None
+            with self._changed:
+                self._sweep = iter(self._store.keys_of(USER_STATE))
+                self._sweep_due = self._clock.monotonic() + interval if interval else None
         try:
             users = list(islice(self._sweep, self._settings.encode_batch_users))
         except StageError:
