@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from devstack import letters_cli
+
 DEFAULT_HOME = Path(".headrace")
 _INTERRUPTED = 130
 _KAFKA_TIMEOUT_SECONDS = 5
@@ -46,6 +48,7 @@ app = typer.Typer(
 # Its commands stand beside ours: headrace train, not headrace offline train.
 if find_spec("offline.cli") is not None:
     app.add_typer(import_module("offline.cli").app)
+app.add_typer(letters_cli.app, name="dead-letter")
 
 Home = Annotated[Path, typer.Option(help="Folder for data, logs and bundles.", file_okay=False)]
 Kafka = Annotated[str, typer.Option(help="embedded, local (from KAFKA_HOME) or HOST:PORT.", metavar="WHICH")]
