@@ -83,6 +83,7 @@ class Worker:
             self.sink,
             StatsBroadcast(producer, topics.item_stats, streams.stats_broadcast_interval_ms),
             self.updater.mark,
+            self.updater.sweep_soon,
             erase_again=None if records is None else partial(erase_again, stores[1], records),
         )
         self.watchdog = Watchdog(settings, self.reader.processed, self.reader.skip_expired)

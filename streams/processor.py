@@ -53,7 +53,7 @@ class Changes:
     outcomes: list[Outcome] = field(default_factory=list)
     # Users whose row is to be written.
     users: set[str] = field(default_factory=set)
-    # Users whose vector is out of date now.
+    # Users whose vector is, or may be, out of date now.
     dirty: set[str] = field(default_factory=set)
     # Events that counted, by item and partition, in order.
     items: dict[ItemKey, list[UserEvent]] = field(default_factory=dict)
@@ -102,12 +102,13 @@ def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: 
         user_id = event.user_id
         (outcome,) = windows.apply(states[user_id], (event,), settings)
         changes.outcomes.append(outcome)
+        if outcome is not Outcome.DUPLICATE and event.kind != windows.IMPRESSION:
+            # A replay, too: whoever wrote that row may have died before its vector was made.
+            changes.dirty.add(user_id)
         if outcome is Outcome.REPLAY:
             continue
         changes.users.add(user_id)
         if outcome is Outcome.APPLIED:
-            if event.kind != windows.IMPRESSION:
-                changes.dirty.add(user_id)
             _note_items(changes.items, received)
     return changes
 

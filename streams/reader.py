@@ -57,6 +57,7 @@ class BatchReader:
         sink: EventLogSink | None,
         broadcast: StatsBroadcast,
         on_dirty: Callable[[set[str]], None],
+        on_taken: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
         erase_again: Callable[[], object] | None = None,
     ) -> None:
@@ -64,7 +65,8 @@ class BatchReader:
         # Before any marker is believed: erased users whose rows are back, or lost, are erased again.
         self._erase_again = erase_again or (lambda: None)
         self._rows, self._dead_letters, self._sink, self._broadcast = rows, dead_letters, sink, broadcast
-        self._on_dirty = on_dirty
+        # Told of users whose state has changed, and of partitions that this worker begins to read.
+        self._on_dirty, self._on_taken = on_dirty, on_taken
         self._clock = clock or SystemClock()
         self._topics = Topics(settings.kafka.topic_prefix)
         self._cooperative = settings.streams.group_protocol in ("cooperative-sticky", "consumer")
@@ -259,6 +261,7 @@ class BatchReader:
         else:
             # An eager group gives everything at once and takes everything back at once.
             consumer.assign(starts)
+        self._on_taken()
         _log.info("reading", partitions=waiting, starts={f"{s.topic}/{s.partition}": s.offset for s in starts})
 
     def _go_back(self, consumer: Consumer, error: StageError) -> None:

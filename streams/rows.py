@@ -60,7 +60,7 @@ class Applied:
 
     # By topic and outcome.
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    # Users whose vector is out of date now.
+    # Users whose vector is, or may be, out of date now.
     dirty: set[str] = field(default_factory=set)
     # Statistics as written: headrace.v1.ItemStats by item and partition.
     stats: dict[ItemKey, bytes] = field(default_factory=dict)

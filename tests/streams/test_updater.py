@@ -213,6 +213,18 @@ def test_users_of_other_workers_are_left_to_them(house, service) -> None:
     assert house.vector("theirs") == (None, None, None)
 
 
+def test_users_taken_over_from_a_dead_worker_are_swept(house, service) -> None:
+    owned = {1}
+    updater = house.start(owns=owned.__contains__)
+    wait_until(lambda: updater._sweep is None and updater._version is not None)
+    house.put("left-behind", partition=2)
+    house.put("not-ours", partition=3)
+    owned.add(2)
+    updater.sweep_soon()
+    wait_until(lambda: house.vector("left-behind")[2] == 1)
+    assert house.vector("not-ours") == (None, None, None)
+
+
 def test_new_towers_make_every_vector_stale(house, service) -> None:
     updater = house.start()
     house.put("quiet", "active")
