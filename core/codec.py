@@ -11,10 +11,10 @@ from typing import TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item, User
 
 from core.errors import MalformedEventError
 from core.topics import CONTENT_TYPE, JSON_CONTENT
+from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item, User
 
 MAX_ID_CHARS = 128
 MAX_KIND_CHARS = 64

@@ -14,16 +14,16 @@ from uuid import uuid4
 
 import grpc
 import numpy as np
-from headrace.v1.events_pb2 import Event
-from headrace.v1.recommender_service_pb2 import RecommendRequest, RecommendResponse
-from headrace.v1.recommender_service_pb2_grpc import RecommenderServiceStub
-from headrace.v1.types_pb2 import DegradedReason, ServingTier
 
 from core.codec import from_ms
 from core.errors import StageError
 from core.kafka import KafkaProducer, Written
 from core.settings import Settings
 from core.topics import Topics
+from headrace.v1.events_pb2 import Event
+from headrace.v1.recommender_service_pb2 import RecommendRequest, RecommendResponse
+from headrace.v1.recommender_service_pb2_grpc import RecommenderServiceStub
+from headrace.v1.types_pb2 import DegradedReason, ServingTier
 
 
 def tier_name(answer: RecommendResponse) -> str:

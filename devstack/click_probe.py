@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from headrace.v1.recommender_service_pb2 import Recommendation, RecommendResponse
-
 from core.errors import StageError
 from devstack.backend import Backend, EventSender
+from headrace.v1.recommender_service_pb2 import Recommendation, RecommendResponse
 
 # A click that is not reflected by then is counted as lost, not waited for.
 PATIENCE_SECONDS = 10.0

@@ -11,9 +11,6 @@ import threading
 import time
 from typing import Any
 
-from features.stores.feast_repo import apply_feature_repo
-from offline.materialize import materialize
-from offline.train import train
 from rich.console import Console
 from rich.table import Table
 
@@ -25,9 +22,12 @@ from devstack.click_probe import ClickReport, click_series, order_without
 from devstack.demo_data import DemoData, active_users, prepare
 from devstack.options import DemoOptions
 from devstack.stack import Stack
+from features.stores.feast_repo import apply_feature_repo
 from features.stores.online import OnlineStore
 from headrace.v1.events_pb2 import Item
 from headrace.v1.recommender_service_pb2 import RecommendResponse
+from offline.materialize import materialize
+from offline.train import train
 
 # How many ask while the ranker is dead, and how long it stays so.
 _BACKGROUND_RATE = 20

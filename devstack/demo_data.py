@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from headrace.v1.events_pb2 import Event
-from offline.data.simulator import SimulatorConfig, simulate
 
 from core.errors import ConfigError
 from features.stores import event_rows
 from features.stores.event_log import EventLog
+from headrace.v1.events_pb2 import Event
 from offline.data import movielens, trivago
 from offline.data.dataset import DatasetSummary, times_of
+from offline.data.simulator import SimulatorConfig, simulate
 
 # The newest events are streamed, not trained on: a share of the log, and no more than this many.
 LIVE_SHARE = 0.08

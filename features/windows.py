@@ -12,15 +12,14 @@ from enum import IntEnum
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, SourceOffset
-from headrace.v1.state_pb2 import DecayedBuckets, KindCounter
-from headrace.v1.state_pb2 import UserState as UserStateProto
-
 from core.codec import to_ms
 from core.errors import MalformedEventError
 from core.settings import FeaturesSettings
 from features import decay
 from features.transforms import category_bucket, engagement_weight, stable_hash
+from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, SourceOffset
+from headrace.v1.state_pb2 import DecayedBuckets, KindCounter
+from headrace.v1.state_pb2 import UserState as UserStateProto
 
 ENCODING = 1
 IMPRESSION = "impression"

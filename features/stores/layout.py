@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import mmh3
 from google.protobuf.timestamp_pb2 import Timestamp
-from headrace.v1.store_pb2 import FeatureValue, FloatList, StringList
 
 from core.codec import from_ms, to_ms
 from features.definitions import Column, ColumnType, View
+from headrace.v1.store_pb2 import FeatureValue, FloatList, StringList
 
 # feast.types.ValueType.STRING: every join key of ours is a string.
 _STRING = struct.pack("<I", 2)

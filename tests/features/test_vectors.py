@@ -1,7 +1,6 @@
 """Features of a request: defined for every input, and about the right thing."""
 
 import numpy as np
-from headrace.v1.events_pb2 import Item
 
 from core.settings import load_settings
 from features import item_stats, vectors, windows
@@ -9,6 +8,7 @@ from features.catalog import Catalog
 from features.item_stats import ItemPartial
 from features.vectors import CANDIDATE_FEATURES, SOURCES, USER_FEATURES
 from features.windows import UserEvent, UserState
+from headrace.v1.events_pb2 import Item
 
 FEATURES = load_settings().features
 NOW_MS = 1_700_000_000_000
