@@ -22,6 +22,8 @@ from devstack.processes import ProcessSpec, python_module, tcp_problem
 PARTITIONS = 4
 # The mock lets a fetch wait its time out although data has come, so this is the latency of a quiet topic.
 FETCH_WAIT_MAX_MS = 5
+# Short: it lets a worker that comes back after a kill wait out the session of the dead one.
+SESSION_TIMEOUT_MS = 4000
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from core.errors import ConfigError, NotFoundError, StageError
 from core.kafka import wait_for_kafka
 from core.settings import Settings, load_settings
 from devstack.addresses import Values, to_environment, to_toml, with_values
-from devstack.kafka_broker import FETCH_WAIT_MAX_MS, PARTITIONS, broker_spec, read_announcement
+from devstack.kafka_broker import FETCH_WAIT_MAX_MS, PARTITIONS, SESSION_TIMEOUT_MS, broker_spec, read_announcement
 from devstack.kafka_local import kafka_home, local_kafka_spec
 from devstack.keeper import Say
 from devstack.ports import LOOPBACK, Ports
@@ -237,6 +237,7 @@ class Stack:
         values["log_id"] = ""
         if self._kafka == EMBEDDED:
             values.update(partitions=PARTITIONS, fetch_wait_max_ms=FETCH_WAIT_MAX_MS, replication=1)
+            self._values["streams"]["session_timeout_ms"] = SESSION_TIMEOUT_MS
             spec, self._announce = broker_spec(folder)
         elif self._kafka == LOCAL:
             named = self._base.kafka.bootstrap_servers.rpartition(":")[2]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from offline.materialize import materialize
-from offline.train import train
 
 from core.settings import load_settings
 from devstack.backend import Backend, EventSender
 from devstack.demo_data import DemoData, active_users, prepare
 from devstack.stack import Stack
 from features.stores.online import OnlineStore
+from offline.materialize import materialize
+from offline.train import train
 
 # Enough to rank by, little enough for a minute.
 QUICK_TRAINING = {"offline": {"max_epochs": 3, "ranker_epochs": 1, "ranker_max_rows": 20_000}}
