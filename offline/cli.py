@@ -230,6 +230,39 @@ def materialize(
     _show(summary, vars(summary), tables.print_materialized, json=json)
 
 
+@app.command()
+def rebuild(
+    data: Data = None,
+    registry: Registry = None,
+    project: Annotated[
+        str | None, typer.Option(help="Write beside the live rows, under this project (features.project).")
+    ] = None,
+    json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Rebuild the online store from the event log: states, statistics, profiles, and where the stream goes on.
+
+    For a Redis that lost what Kafka no longer holds: stop the stream workers, rebuild, start them. For a changed
+    feature definition: rebuild with [bold]--project NEW[/] while everything runs, then cut over by setting
+    features.project and restarting the stream workers and serving; the workers read what has come since. Nothing is
+    counted twice, and rows that are newer than the log stay. A user who was erased stays erased.
+
+    Example: [bold]headrace rebuild --data log --project headrace-2[/]
+    """
+    from offline import tables
+    from offline.rebuild import rebuild as run
+
+    settings, log, folder = _read_settings(config, data, registry)
+    summary = run(log, folder, settings, project=project)
+    _show(summary, vars(summary), tables.print_materialized, json=json)
+    if summary.project != settings.features.project:
+        typer.echo(
+            f'to cut over: set features.project = "{summary.project}" (or HEADRACE_FEATURES__PROJECT) and restart '
+            "streams and serving; the old rows stay until you remove them",
+            err=True,
+        )
+
+
 def _import_public(kind: str, paths: list[Path], out: str, *, check: bool, json: bool) -> None:
     from tempfile import TemporaryDirectory
 

@@ -7,7 +7,7 @@ the stream's own, so events of the log must not be streamed as well.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,19 +24,22 @@ from features.definitions import (
     USER_EMBEDDING,
     USER_PROFILE,
     USER_STATE,
+    ColumnType,
 )
 from features.stores.event_log import EventLog
-from features.stores.layout import Cell
-from features.stores.online import OnlineStore, Write
-from features.windows import UserState
-from headrace.v1.events_pb2 import Item, User
+from features.stores.layout import Cell, encode_cell
+from features.stores.online import ABSENT, OnlineStore, Write, read_offsets
+from features.windows import UserState, decode_offsets, encode_offsets
+from headrace.v1.events_pb2 import Item, ItemStats, User
+from headrace.v1.store_pb2 import SourceOffsets
 from offline.batch_scores import read_batch_scores, store_batch_scores
 from offline.logs import read_items
 from offline.models import read_item_vectors
 from offline.popularity import popularity_lists
-from offline.replay import LOG_PARTITION, Replay, read_entries
+from offline.replay import Replay, read_entries
 from offline.reporting import Reporter
 
+Offsets = dict[tuple[int, int], int]
 _ROWS_PER_WRITE = 500
 _USERS_PER_ENCODING = 256
 # The segment of everybody, in the popularity view.
@@ -57,6 +60,22 @@ class MaterializeSummary:
     left_to_stream: int
     watermark_ms: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Source positions that the rows of a log include. Without any, rows are written beside the stream's."""
+
+    users: Mapping[str, Offsets] = field(default_factory=dict)
+    profiles: Mapping[str, Offsets] = field(default_factory=dict)
+    items: Mapping[str, Offsets] = field(default_factory=dict)
+    # Statistics per source partition; None = those of the replay, as a whole.
+    stats: Sequence[ItemStats] | None = None
+    # Users who must not come back.
+    erased: frozenset[str] = frozenset()
+
+
+NOWHERE = Origins()
 
 
 def materialize(
@@ -88,31 +107,38 @@ def materialize(
     store = OnlineStore(settings.redis, settings.features.project)
     try:
         store.ping()
-        written = _write_all(store, replay, users, bundle, settings, Reporter(shown=progress))
+        written = write_all(store, replay, users, bundle, settings, Reporter(shown=progress))
     finally:
         store.close()
     return MaterializeSummary(**written, watermark_ms=replay.watermark_ms, seconds=time.monotonic() - started)
 
 
-def _write_all(
+def write_all(
     store: OnlineStore,
     replay: Replay,
     users: Sequence[User],
     bundle: ReleaseBundle | None,
     settings: Settings,
     reporter: Reporter,
+    origins: Origins = NOWHERE,
 ) -> dict[str, int]:
+    """Writes the rows of every view; returns how many of each."""
     items = replay.catalog.items
     popular = popularity_lists(replay, replay.watermark_ms, settings)
     lists = {EVERYBODY: popular["all"], **popular["segments"]}
-    total = 2 * len(replay.states) + len(items) + len(replay.partials) + len(users) + len(lists)
+    stats = list(replay.item_stats()) if origins.stats is None else origins.stats
+    total = 2 * len(replay.states) + len(items) + len(stats) + len(users) + len(lists)
     written: dict[str, int] = {}
     with reporter.bar("online store", total) as advance:
         writer = _Writer(store, advance)
-        written["users"] = writer.write(state_write(user, state) for user, state in replay.states.items())
-        written["item_stats"] = writer.write(_stats_writes(replay))
-        written["items"] = writer.write(map(item_write, items))
-        written["user_profiles"] = writer.write(map(profile_write, users))
+        written["users"] = writer.write(
+            state_write(user, state, origins.users.get(user)) for user, state in replay.states.items()
+        )
+        written["item_stats"] = writer.write(map(_stats_write, stats))
+        written["items"] = writer.write(item_write(item, origins.items.get(item.item_id)) for item in items)
+        written["user_profiles"] = writer.write(
+            profile_write(user, origins.profiles.get(user.user_id)) for user in users
+        )
         written["popularity_lists"] = writer.write(
             _popularity_write(name, ranked, replay.watermark_ms) for name, ranked in lists.items()
         )
@@ -122,7 +148,7 @@ def _write_all(
         written["user_embeddings"] = writer.write(vectors)
     written["batch_scores"] = 0
     if bundle is not None and bundle.has(BATCH_SCORES):
-        rows = read_batch_scores(bundle.file(BATCH_SCORES))
+        rows = (row for row in read_batch_scores(bundle.file(BATCH_SCORES)) if row.user_id not in origins.erased)
         written["batch_scores"] = store_batch_scores(rows, bundle.version, store)
     return written | {"left_to_stream": len(writer.refused)}
 
@@ -137,37 +163,62 @@ class _Writer:
     def write(self, writes: Iterable[Write]) -> int:
         remaining, done = iter(writes), 0
         while batch := list(islice(remaining, _ROWS_PER_WRITE)):
-            taken = self._store.write(batch)
+            taken = self._store.write(self._over_older(batch))
             done += sum(taken)
             self.refused.update(row.key for row, took in zip(batch, taken, strict=True) if not took)
             self._advance(len(batch))
         return done
 
+    def _over_older(self, batch: Sequence[Write]) -> list[Write]:
+        """Rows with positions replace what they include; the others take effect where no row has any."""
+        placed = [row for row in batch if row.guard and row.guard in row.cells]
+        if not placed:
+            return list(batch)
+        view, guard = placed[0].view, placed[0].guard
+        stored = self._store.read(view, [row.key for row in placed], (guard,))
+        expected: dict[tuple[str, ...], bytes] = {}
+        for row, old in zip(placed, stored, strict=True):
+            raw = old.raw.get(guard, ABSENT)
+            ours = read_offsets(encode_cell(ColumnType.BYTES, row.cells[guard]))
+            if all(offset <= ours.get(where, -1) for where, offset in read_offsets(raw).items()):
+                expected[row.key] = raw
+        return [replace(row, expected=expected.get(row.key, row.expected)) for row in batch]
 
-def state_write(user_id: str, state: UserState) -> Write:
-    """The user's row, without offsets: it takes effect only where the stream has not been yet."""
+
+def state_write(user_id: str, state: UserState, offsets: Offsets | None = None) -> Write:
+    """The user's row. Without offsets it takes effect only where the stream has not been yet."""
+    state.offsets = dict(offsets or state.offsets)
     cells: dict[str, Cell] = {
         "state": windows.encode(state),
         "revision": state.revision,
         "watermark_ms": state.watermark_ms,
     }
-    return Write(USER_STATE, (user_id,), cells, guard="offsets")
+    return _placed(Write(USER_STATE, (user_id,), cells, guard="offsets"), offsets)
 
 
-def item_write(item: Item) -> Write:
+def item_write(item: Item, offsets: Offsets | None = None) -> Write:
     cells: dict[str, Cell] = {"item": item.SerializeToString(deterministic=True), "title": item.title}
-    return Write(ITEM_PROFILE, (item.item_id,), cells, guard="item_offsets")
+    return _placed(Write(ITEM_PROFILE, (item.item_id,), cells, guard="item_offsets"), offsets)
 
 
-def profile_write(user: User) -> Write:
+def profile_write(user: User, offsets: Offsets | None = None) -> Write:
     cells: dict[str, Cell] = {"profile": user.SerializeToString(deterministic=True), "profile_segment": user.segment}
-    return Write(USER_PROFILE, (user.user_id,), cells, guard="profile_offsets")
+    return _placed(Write(USER_PROFILE, (user.user_id,), cells, guard="profile_offsets"), offsets)
 
 
-def _stats_writes(replay: Replay) -> Iterator[Write]:
-    for stats in replay.item_stats():
-        cells: dict[str, Cell] = {"stats": stats.SerializeToString(deterministic=True), "revision": stats.revision}
-        yield Write(ITEM_STATS, (stats.item_id, str(LOG_PARTITION)), cells)
+def _placed(write: Write, offsets: Offsets | None) -> Write:
+    if not offsets:
+        return write
+    value = SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
+    return replace(write, cells={**write.cells, write.guard: value})
+
+
+def _stats_write(stats: ItemStats) -> Write:
+    cells: dict[str, Cell] = {"stats": stats.SerializeToString(deterministic=True), "revision": stats.revision}
+    key = (stats.item_id, str(stats.source_partition))
+    if not stats.offsets:
+        return Write(ITEM_STATS, key, cells)
+    return _placed(Write(ITEM_STATS, key, cells, guard="offsets"), decode_offsets(stats.offsets))
 
 
 def _popularity_write(segment: str, ranked: Sequence[tuple[str, float]], watermark_ms: int) -> Write:

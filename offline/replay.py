@@ -28,6 +28,7 @@ from headrace.v1.events_pb2 import Item, ItemStats
 # Source partition of the statistics that come from a log: the stream's partitions are 0 and up, readers add up all.
 LOG_PARTITION = -1
 _BATCH_LISTS = 16_384
+SHOWN_COLUMNS = ("user_id", "event_id", "event_time", "impressions")
 
 
 class Shown(NamedTuple):
@@ -158,16 +159,16 @@ def read_entries(log: EventLog, start_ms: int | None = None, end_ms: int | None 
     At one time, what was shown comes first, then events, then feedback.
     """
     return merge(
-        _shown(log, start_ms, end_ms),
+        shown(log.rows(IMPRESSIONS, start_ms, end_ms, SHOWN_COLUMNS)),
         user_events(log.events(start_ms, end_ms)),
         user_events(log.rows(FEEDBACK, start_ms, end_ms)),
         key=attrgetter("time_ms"),
     )
 
 
-def _shown(log: EventLog, start_ms: int | None, end_ms: int | None) -> Iterator[Shown]:
-    columns = ["user_id", "event_id", "event_time", "impressions"]
-    for batch in log.rows(IMPRESSIONS, start_ms, end_ms, columns).to_batches(max_chunksize=_BATCH_LISTS):
+def shown(rows: pa.Table) -> Iterator[Shown]:
+    """Rows of IMPRESSIONS as entries, in their order."""
+    for batch in rows.select(SHOWN_COLUMNS).to_batches(max_chunksize=_BATCH_LISTS):
         users, ids = batch["user_id"].to_pylist(), batch["event_id"].to_pylist()
         times = batch["event_time"].cast(pa.int64()).to_pylist()
         items = batch["impressions"].flatten().field("item_id").to_pylist()

@@ -57,8 +57,9 @@ def print_scored(summary: ScoreSummary, console: Console) -> None:
 
 def print_materialized(summary: MaterializeSummary, console: Console) -> None:
     table = _facts("online store")
-    counts = {name: value for name, value in vars(summary).items() if name not in ("watermark_ms", "seconds")}
-    for name, count in counts.items():
+    for name, count in vars(summary).items():
+        if name in ("watermark_ms", "seconds", "project"):
+            continue
         table.add_row(name.replace("_", " "), f"{count:,}")
     table.add_row("data up to", time_text(summary.watermark_ms))
     table.add_row("seconds", f"{summary.seconds:.1f}")

@@ -124,14 +124,14 @@ class EventLog:
                 part = compare(ds.field("event_time"), pa.scalar(limit, TIME))
                 condition = part if condition is None else condition & part
         paths = [path for path in self.files(table) if _may_hold(path, start_ms, end_ms)]
-        return _ordered(self._read(table, paths, needed, condition)).select(names)
+        return in_order(self.read(table, paths, needed, condition)).select(names)
 
     def states(self, table: LogTable) -> pa.Table:
         """Rows of ITEMS or USERS: of each key the newest, if it is no removal, in order of the key.
 
         Newest is by ingest time, then by offset; rows that were imported without either come first.
         """
-        rows = self._read(table, self.files(table), table.read_schema.names, None)
+        rows = self.read(table, self.files(table), table.read_schema.names)
         if not rows.num_rows:
             return rows
         ingest, offset = (_int64(rows[name], -1) for name in ("ingest_time", "offset"))
@@ -149,7 +149,8 @@ class EventLog:
         self._files.invalidate_cache()
         return sorted(str(path) for path in self._files.glob(f"{self._path}/{table.name}/{pattern}"))
 
-    def _read(self, table: LogTable, paths: list[str], columns: list[str], condition: Any) -> pa.Table:
+    def read(self, table: LogTable, paths: list[str], columns: list[str], condition: Any = None) -> pa.Table:
+        """Rows of some files as they lie there. Raises ConfigError where one cannot be read."""
         schema = pa.schema([table.read_schema.field(name) for name in columns])
         if not paths:
             return schema.empty_table()
@@ -227,12 +228,15 @@ def _tuples(lists: pa.ListArray) -> list[tuple[str, ...]]:
     return [shared.setdefault(part, part) for part in parts]
 
 
-def _ordered(rows: pa.Table) -> pa.Table:
-    """In order of event time, ties by event_id, then as stored; of one user's copies of an event the first stays."""
+def in_order(rows: pa.Table, *, copies: bool = False) -> pa.Table:
+    """In order of event time, ties by event_id, then as stored.
+
+    Of one user's copies of an event the first stays; with `copies` all do, next to each other.
+    """
     times = _int64(rows["event_time"], 0)
     event_rank, distinct = _codes(rows["event_id"])
     order = np.lexsort((event_rank, times))
-    if distinct < rows.num_rows:
+    if distinct < rows.num_rows and not copies:
         # One id under two users is two events: the stream knows ids per user, too.
         user_rank, _ = _codes(rows["user_id"])
         both = event_rank[order].astype(np.int64) * rows.num_rows + user_rank[order]
