@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ _DELIVERY_TIMEOUT_MS = 120_000
 _PACE_SECONDS = 0.02
 _SETTLE_SECONDS = 180.0
 _SHOWN = 5
+_BEGIN = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,29 @@ class Plan:
     pause_seconds: tuple[float, float]
     # Over how long the load is spread: most of the blows fall into it.
     load_seconds: float
+    # What else is struck, and whether it is measured how long partitions stand still.
+    also: tuple[Blow, ...]
+    closely: bool
 
 
-FULL = Plan(200_000, kills=11, freezes=2, pause_seconds=(0.5, 9.0), load_seconds=170)
-QUICK = Plan(12_000, kills=2, freezes=1, pause_seconds=(0.5, 2.0), load_seconds=30)
+FULL = Plan(
+    200_000,
+    kills=10,
+    freezes=2,
+    pause_seconds=(0.5, 9.0),
+    load_seconds=200,
+    also=(Blow.BROKER, Blow.REDIS, Blow.REDIS_OLDER),
+    closely=True,
+)
+QUICK = Plan(
+    12_000,
+    kills=1,
+    freezes=1,
+    pause_seconds=(0.3, 1.0),
+    load_seconds=15,
+    also=(Blow.BROKER, Blow.REDIS_OLDER),
+    closely=False,
+)
 
 
 class Feeder:
@@ -59,7 +79,7 @@ class Feeder:
 
     def __init__(self, cluster: Cluster, load: StreamLoad, seconds: float) -> None:
         self._producer = KafkaProducer(
-            cluster.settings.kafka, linger_ms=2, delivery_timeout_ms=_DELIVERY_TIMEOUT_MS, queue_max=1_000_000
+            cluster.quiet_kafka, linger_ms=2, delivery_timeout_ms=_DELIVERY_TIMEOUT_MS, queue_max=1_000_000
         )
         self._load, self._rate = load, load.config.messages / seconds
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
@@ -122,7 +142,8 @@ def run(plan: Plan, seed: int, home: Path) -> Result:
         with _watching(cluster) as watch:
             say(f"sending {plan.events:,} messages over {plan.load_seconds:.0f} s")
             feeder = Feeder(cluster, load, plan.load_seconds)
-            blows = Striker(cluster, watch, seed, say).run(schedule(plan.kills, plan.freezes, seed), plan.pause_seconds)
+            striker = Striker(cluster, watch, seed, say, closely=plan.closely)
+            blows = striker.run(schedule(plan.kills, plan.freezes, seed, plan.also), plan.pause_seconds)
             feeder.finish()
         truth = _single_pass(cluster, load)
         settled = time.monotonic()
@@ -196,7 +217,7 @@ def _watching(cluster: Cluster) -> Iterator[MarkerWatch]:
 
 
 def say(text: str) -> None:
-    print(f"{'crash':>10}  {text}", file=sys.stderr, flush=True)
+    print(f"{'crash':>10}  {time.monotonic() - _BEGIN:5.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def print_result(result: Result, console: Console) -> None:
@@ -218,7 +239,7 @@ def main() -> int:
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
     if arguments.events is not None:
-        plan = Plan(arguments.events, plan.kills, plan.freezes, plan.pause_seconds, plan.load_seconds)
+        plan = replace(plan, events=arguments.events)
     try:
         with tempfile.TemporaryDirectory(prefix="headrace-crash-") as scratch:
             result = run(plan, arguments.seed, arguments.work or Path(scratch))

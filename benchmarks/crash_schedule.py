@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from benchmarks.stream_cluster import PARTITIONS, SESSION_TIMEOUT_MS, WORKERS, Cluster, MarkerWatch
+from core.errors import StageTimeoutError
 
 # After the session is over: time for the other worker to be given the partitions, and to get ahead.
 _TAKE_OVER_SECONDS = 3.0
 # What Redis loses: more than `appendfsync everysec` would.
 _LOST_SECONDS = 2.0
+_SHARED_SECONDS = 60.0
+# Partitions that have just changed hands are read up to their ends.
+_AT_REST_SECONDS = 1.0
 _BROKER_DOWN_SECONDS = 2.0
 _REDIS_DOWN_SECONDS = 1.5
 
@@ -54,9 +58,9 @@ class Blows:
         return self.count(Blow.KILL, Blow.FREEZE)
 
 
-def schedule(kills: int, freezes: int, seed: int) -> list[Blow]:
+def schedule(kills: int, freezes: int, seed: int, also: tuple[Blow, ...]) -> list[Blow]:
     """The blows in a random order, the same for the same seed; the first one is a kill."""
-    blows = [Blow.KILL] * (kills - 1) + [Blow.FREEZE] * freezes + [Blow.BROKER, Blow.REDIS, Blow.REDIS_OLDER]
+    blows = [Blow.KILL] * (kills - 1) + [Blow.FREEZE] * freezes + list(also)
     random.Random(seed).shuffle(blows)
     return [Blow.KILL, *blows]
 
@@ -64,8 +68,10 @@ def schedule(kills: int, freezes: int, seed: int) -> list[Blow]:
 class Striker:
     """Carries out a schedule against a cluster under load."""
 
-    def __init__(self, cluster: Cluster, watch: MarkerWatch, seed: int, say: Callable[[str], None]) -> None:
-        self._cluster, self._watch, self._say = cluster, watch, say
+    def __init__(
+        self, cluster: Cluster, watch: MarkerWatch, seed: int, say: Callable[[str], None], *, closely: bool
+    ) -> None:
+        self._cluster, self._watch, self._say, self._closely = cluster, watch, say, closely
         self._random = random.Random(seed)
         self.result = Blows()
 
@@ -88,13 +94,11 @@ class Striker:
 
     def _kill(self, worker: str) -> None:
         # Every other kill is looked at closely, which takes its time; the others come as they come.
-        closely = self.result.count(Blow.KILL) % 2 == 0
-        if not closely:
+        if not self._closely or self.result.count(Blow.KILL) % 2:
             self._cluster.kill(worker)
             self._cluster.start(worker)
             return
-        for name in WORKERS:
-            self._cluster.wait_ready(name)
+        self._wait_until_shared()
         owned = self._cluster.partitions_of(worker)
         begin = time.monotonic()
         self._cluster.kill(worker)
@@ -104,6 +108,17 @@ class Striker:
         for partition in range(PARTITIONS):
             gaps = self.result.stand_still.dead if partition in owned else self.result.stand_still.others
             gaps.append(self._watch.longest_gap(partition, begin, end))
+
+    def _wait_until_shared(self) -> None:
+        """Returns when the group is at rest: every partition with one of the two, and both have some."""
+        limit = time.monotonic() + _SHARED_SECONDS
+        while time.monotonic() < limit:
+            shares = [self._cluster.partitions_of(name) for name in WORKERS]
+            if all(shares) and len(set.union(*shares)) == PARTITIONS and all(map(self._cluster.is_ready, WORKERS)):
+                time.sleep(_AT_REST_SECONDS)
+                return
+            time.sleep(0.2)
+        raise StageTimeoutError("kafka", f"the workers do not share the partitions after {_SHARED_SECONDS:.0f} s")
 
     def _freeze(self, worker: str) -> None:
         self._cluster.freeze(worker)

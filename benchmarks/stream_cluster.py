@@ -63,7 +63,9 @@ class Cluster:
         self.topics = Topics(self.settings.kafka.topic_prefix)
         self.sources = topic_sources(self.settings.kafka, self.topics.inbound)
         self._redis_file = stack.folder / "redis" / "appendonly.aof"
-        self._admin = AdminClient(client_config(self.settings.kafka))
+        # That the broker goes away is the point here, and no news.
+        self.quiet_kafka = self.settings.kafka.model_copy(update={"client": {"log_level": 2}})
+        self._admin = AdminClient(client_config(self.quiet_kafka))
 
     @property
     def logs(self) -> Path:

@@ -58,9 +58,7 @@ class Differences:
 
 def read_topic(cluster: Cluster, topic: str) -> Iterator[Logged]:
     """All that lies in a topic now, partition by partition, each in order."""
-    consumer = Consumer(
-        {**client_config(cluster.settings.kafka), "group.id": "benchmarks", "enable.auto.commit": False}
-    )
+    consumer = Consumer({**client_config(cluster.quiet_kafka), "group.id": "benchmarks", "enable.auto.commit": False})
     try:
         for partition in range(PARTITIONS):
             where = TopicPartition(topic, partition, OFFSET_BEGINNING)
@@ -68,7 +66,8 @@ def read_topic(cluster: Cluster, topic: str) -> Iterator[Logged]:
             consumer.assign([where])
             at = 0
             while at < end:
-                for message in consumer.consume(5000, 0.5):
+                # Not more than there are: it would wait for them.
+                for message in consumer.consume(min(5000, end - at), 1.0):
                     if message.error() is not None:
                         continue
                     at = (message.offset() or 0) + 1
@@ -80,7 +79,7 @@ def read_topic(cluster: Cluster, topic: str) -> Iterator[Logged]:
 
 def ends(cluster: Cluster) -> dict[tuple[int, int], int]:
     """Newest offset of each user-keyed topic-partition that has one, as markers name them."""
-    consumer = Consumer({**client_config(cluster.settings.kafka), "group.id": "benchmarks"})
+    consumer = Consumer({**client_config(cluster.quiet_kafka), "group.id": "benchmarks"})
     found = {}
     try:
         for topic in cluster.topics.user_keyed:
