@@ -19,7 +19,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from core.bundle import ReleaseBundle
-from core.errors import StageError
+from core.errors import StageError, StageTimeoutError
 from core.kafka import client_config, topic_sources
 from core.settings import Settings, load_settings
 from core.topics import Topics
@@ -45,6 +45,8 @@ _TRAINING = {
 _SIMULATED = SimulatorConfig(users=100, items=300, seed=7, end_time_ms=1_780_000_000_000)
 # Any restart has to wait for what else is broken at that moment.
 _START_SECONDS = 300
+_BUSY_SECONDS = 60.0
+_ADMIN_SECONDS = 5.0
 
 
 def train_bundle(home: Path) -> ReleaseBundle:
@@ -65,7 +67,6 @@ class Cluster:
         self._redis_file = stack.folder / "redis" / "appendonly.aof"
         # That the broker goes away is the point here, and no news.
         self.quiet_kafka = self.settings.kafka.model_copy(update={"client": {"log_level": 2}})
-        self._admin = AdminClient(client_config(self.quiet_kafka))
 
     @property
     def logs(self) -> Path:
@@ -100,13 +101,16 @@ class Cluster:
 
     def kill_redis_losing(self, seconds: float) -> int:
         """Kills Redis and cuts from its append-only file what the last seconds have written; returns the bytes."""
-        file = self._redis_file
+        file, limit = self._redis_file, time.monotonic() + _BUSY_SECONDS
         while True:
             before = file.stat()
             time.sleep(seconds)
-            if file.stat().st_ino == before.st_ino:
+            after = file.stat()
+            # Written anew meanwhile: its end is not where it was. Nothing written: there is nothing to lose.
+            if after.st_ino == before.st_ino and after.st_size > before.st_size:
                 break
-            # It was written anew meanwhile: its end is not where it was.
+            if time.monotonic() > limit:
+                raise StageTimeoutError("redis", f"nothing was written to it for {_BUSY_SECONDS:.0f} s")
         self.kill("redis")
         lost = file.stat().st_size - before.st_size
         # One byte more: the last command that is left is a torn one.
@@ -114,12 +118,14 @@ class Cluster:
         return lost
 
     def partitions_of(self, worker: str) -> set[int]:
-        """What the group has given to a worker; the workers bear their names in the group."""
-        future = self._admin.describe_consumer_groups([self.settings.streams.group_id])
+        """What the group has given to a worker, nothing while it does not tell. Workers bear their names in it."""
+        # A new client each time: one that saw the broker die may wait for long.
+        admin = AdminClient(client_config(self.quiet_kafka))
+        future = admin.describe_consumer_groups([self.settings.streams.group_id], request_timeout=_ADMIN_SECONDS)
         try:
-            group: Any = future[self.settings.streams.group_id].result(10)
-        except KafkaException as error:
-            raise StageError("kafka", f"does not describe the group: {error}") from error
+            group: Any = future[self.settings.streams.group_id].result(_ADMIN_SECONDS + 1)
+        except (KafkaException, TimeoutError):
+            return set()
         members = [member for member in group.members if member.client_id == worker]
         return {tp.partition for member in members for tp in member.assignment.topic_partitions}
 
