@@ -85,7 +85,7 @@ def train_ranker(
         )
     categories, chosen = _categories(items, settings), _device(device)
     trainer = Trainer(rows, towers.item_vectors, categories, settings, chosen)
-    epochs = trainer.run(reporter, started)
+    epochs = trainer.run(reporter)
     calibration, metrics = calibrate(trainer, rows.held_out)
     scorer = Scorer(trainer.model, towers.item_vectors, categories, calibration, chosen)
     metrics |= order(scorer, rows.served, towers.item_vectors)

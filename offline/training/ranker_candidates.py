@@ -21,8 +21,9 @@ from features.windows import UserState
 ANN, ITEM_TO_ITEM, TRENDING, NEW = (1 << SOURCES.index(name) for name in ("ann", "item_to_item", "trending", "new"))
 # Of the retrieved, the first this many are the ones that a user would see without a ranker: the hardest negatives.
 _HARD = 50
-# Shares of the drawn negatives: the hardest, the rest of what was retrieved, any item.
-_HARD_SHARE, _RETRIEVED_SHARE = 0.3, 0.5
+# Shares of the drawn negatives: the hardest, the rest of what was retrieved, any item. Few hard ones: a ranker that
+# meets the head of the retrieval mostly as negatives learns to distrust it (with 0.6 its order is the worse one).
+_HARD_SHARE, _RETRIEVED_SHARE = 0.1, 0.8
 
 Mask = npt.NDArray[np.bool_]
 

@@ -25,7 +25,6 @@ from ranker.scorer import collate
 LISTS_PER_STEP = 48
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
-PATIENCE_EPOCHS = 2
 # Heads that teach less than the order of clicks.
 CONVERSION_WEIGHT, VALUE_WEIGHT = 0.5, 0.3
 # Share of training lists that go without the user's vector, or without retrieval scores: the ranker must stand without.
@@ -70,9 +69,9 @@ class Trainer:
         self._table = ItemTable(item_vectors, categories, device)
         self._rng = np.random.default_rng(settings.offline.seed)
 
-    def run(self, reporter: Reporter, started: float) -> int:
-        """Trains until the held-out loss is no longer better or the time is over; returns the epoch kept."""
-        offline = self._settings.offline
+    def run(self, reporter: Reporter) -> int:
+        """Trains for all epochs, or until the time is over; returns the number of the one that is kept."""
+        offline, started = self._settings.offline, time.monotonic()
         optimiser = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         steps = -(-len(self._rows.train) // LISTS_PER_STEP)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -94,7 +93,7 @@ class Trainer:
                 if held_out < best:
                     best, kept, kept_state = held_out, epoch, copy.deepcopy(self.model.state_dict())
                 limit = offline.max_train_seconds
-                if epoch - kept >= PATIENCE_EPOCHS or (limit and time.monotonic() - started > limit):
+                if limit and time.monotonic() - started > limit:
                     break
         self.model.load_state_dict(kept_state)
         self.model.eval()
