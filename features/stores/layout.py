@@ -7,6 +7,7 @@ tests/contract holds the two together, since the layout is Feast's own.
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mmh3
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -17,6 +18,8 @@ from headrace.v1.store_pb2 import FeatureValue, FloatList, StringList
 
 # feast.types.ValueType.STRING: every join key of ours is a string.
 _STRING = struct.pack("<I", 2)
+_LENGTH = struct.Struct("<I")
+_UINT64 = 2**64 - 1
 Cell = bytes | str | int | float | Sequence[str] | Sequence[float]
 
 
@@ -27,26 +30,39 @@ class ViewLayout:
     view: View
     timestamp_field: bytes
     fields: Mapping[str, bytes]
+    types: Mapping[str, ColumnType]
 
     @classmethod
     def of(cls, view: View) -> "ViewLayout":
         fields = {column.name: _field(view, column) for column in view.columns}
-        return cls(view, f"_ts:{view.name}".encode(), fields)
+        types = {column.name: column.type for column in view.columns}
+        return cls(view, f"_ts:{view.name}".encode(), fields, types)
 
 
 def row_key(project: str, join_keys: Sequence[str], values: Sequence[str]) -> bytes:
     """The Redis key of an entity. Join keys are sorted by name, as Feast does."""
-    pairs = sorted(zip(join_keys, values, strict=True))
-    parts = [struct.pack("<I", len(pairs))]
-    for name, _ in pairs:
-        parts += [_STRING, struct.pack("<I", len(name.encode())), name.encode()]
-    for _, value in pairs:
-        raw = value.encode()
-        parts += [_STRING, struct.pack("<I", len(raw)), raw]
+    head, order = _key_shape(tuple(join_keys))
+    parts = [head]
+    for index in order:
+        raw = values[index].encode()
+        parts += [_STRING, _LENGTH.pack(len(raw)), raw]
     return b"".join(parts) + project.encode()
 
 
+@lru_cache
+def _key_shape(join_keys: tuple[str, ...]) -> tuple[bytes, tuple[int, ...]]:
+    """What all keys of these join keys begin with, and the order of their values."""
+    order = tuple(sorted(range(len(join_keys)), key=join_keys.__getitem__))
+    names = [join_keys[index].encode() for index in order]
+    return _LENGTH.pack(len(names)) + b"".join(_STRING + _LENGTH.pack(len(name)) + name for name in names), order
+
+
 def encode_cell(kind: ColumnType, value: Cell) -> bytes:
+    """headrace.v1.FeatureValue with one value; what the stream writes by the thousand is put together by hand."""
+    if isinstance(value, bytes) and kind is ColumnType.BYTES:
+        return b"\x0a" + _varint(len(value)) + value
+    if isinstance(value, int) and kind is ColumnType.INT64:
+        return b"\x20" + _varint(value & _UINT64)
     if kind is ColumnType.STRINGS:
         cell = FeatureValue(string_list_val=StringList(val=value))  # type: ignore[arg-type]
     elif kind is ColumnType.FLOATS:
@@ -54,6 +70,18 @@ def encode_cell(kind: ColumnType, value: Cell) -> bytes:
     else:
         cell = FeatureValue(**{kind.value: value})  # type: ignore[arg-type]
     return cell.SerializeToString()
+
+
+def _varint(number: int) -> bytes:
+    """Protobuf's encoding of a number in 0..2^64-1: seven bits a byte, the lowest first."""
+    if number < 0x80:
+        return bytes((number,))
+    raw = bytearray()
+    while number >= 0x80:
+        raw.append(number & 0x7F | 0x80)
+        number >>= 7
+    raw.append(number)
+    return bytes(raw)
 
 
 def decode_cell(kind: ColumnType, raw: bytes | None) -> Cell | None:
