@@ -57,6 +57,8 @@ class Changes:
     dirty: set[str] = field(default_factory=set)
     # Events that counted, by item and partition, in order.
     items: dict[ItemKey, list[UserEvent]] = field(default_factory=dict)
+    # Items of events that were counted before, or were duplicates then.
+    replayed_items: set[ItemKey] = field(default_factory=set)
 
 
 def decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> Received:
@@ -106,6 +108,8 @@ def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: 
             # A replay, too: whoever wrote that row may have died before its vector was made.
             changes.dirty.add(user_id)
         if outcome is Outcome.REPLAY:
+            item_ids = (event.item_id,) if event.item_id else received.shown
+            changes.replayed_items.update((item_id, received.raw.partition) for item_id in item_ids)
             continue
         changes.users.add(user_id)
         if outcome is Outcome.APPLIED:

@@ -406,5 +406,6 @@ class BatchReader:
         else:
             config["partition.assignment.strategy"] = streams.group_protocol
             config["session.timeout.ms"] = streams.session_timeout_ms
-            config["heartbeat.interval.ms"] = max(1, streams.session_timeout_ms // 3)
+            # The others hear of a death with their next heartbeat: that wait comes on top of the session's.
+            config["heartbeat.interval.ms"] = max(1, streams.session_timeout_ms // 12)
         return config

@@ -62,7 +62,7 @@ class Applied:
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     # Users whose vector is, or may be, out of date now.
     dirty: set[str] = field(default_factory=set)
-    # Statistics as written: headrace.v1.ItemStats by item and partition.
+    # Statistics as the store has them, for the replicas: headrace.v1.ItemStats by item and partition.
     stats: dict[ItemKey, bytes] = field(default_factory=dict)
     # Messages whose user has a row that cannot be read, and why.
     refused: list[tuple[Received, str]] = field(default_factory=list)
@@ -125,6 +125,7 @@ class Rows:
             states = {received.event.user_id: self._users[received.event.user_id].value for received in batch}
             changes = processor.apply(batch, states, self._settings)
             self._write_items(changes, applied)
+            self._tell_items_again(changes.replayed_items - applied.stats.keys(), applied)
             beaten = self._write_users(changes)
             self._tell(batch, changes, beaten, applied)
             batch = [received for received in batch if received.event.user_id in beaten]
@@ -221,6 +222,15 @@ class Rows:
             self._check_beaten_items(beaten)
             pending = {key: pending[key] for key in beaten}
         raise StageError("redis", f"{len(pending)} item rows were changed by others {_ATTEMPTS} times; going back")
+
+    def _tell_items_again(self, keys: set[ItemKey], applied: Applied) -> None:
+        """Whoever wrote these rows may have died before the replicas were told."""
+        self._load_items(dict.fromkeys(keys))
+        for key in keys:
+            partial = self._items[key].value
+            if partial.revision:
+                stats = item_stats.encode(*key, partial, self._settings)
+                applied.stats[key] = stats.SerializeToString(deterministic=True)
 
     def _check_beaten_items(self, keys: list[ItemKey]) -> None:
         metrics.CONFLICTS.labels(ITEM_STATS.name).inc(len(keys))

@@ -5,6 +5,7 @@ and a second worker that believes that the partitions are its own.
 """
 
 import random
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import pytest
 from google.protobuf import json_format
 
 from core.codec import from_ms
+from core.kafka import TopicFollower
 from core.topics import Topics
 from features import item_stats, windows
 from features.definitions import ITEM_STATS, USER_STATE
@@ -180,6 +182,36 @@ def test_a_worker_that_forgot_its_marker_reads_everything_again_and_changes_noth
     again = start_reader(settings)
     again.wait_for(written)
     assert_store_equals_single_pass(settings, sent)
+
+
+def test_what_a_dead_worker_did_not_tell_the_replicas_is_told_by_the_next(
+    shared_redis, stream_settings, start_reader, kafka_producer
+) -> None:
+    settings = stream_settings(shared_redis)
+    topics = Topics(settings.kafka.topic_prefix)
+    sent = draw(topics, 300, seed=6)
+    written = send(kafka_producer, sent.messages)
+    dead = start_reader(settings)
+    # Killed between the rows and the broadcast: it posts nothing, and leaves no marker.
+    dead.reader._broadcast.tick = lambda **_: None
+    dead.wait_for(written)
+    dead.stop()
+    for partition in PARTITIONS:
+        shared_redis.client().delete(f"{settings.features.project}:marker:{partition}")
+    told: dict[bytes, bytes] = {}
+    follower = TopicFollower(
+        settings.kafka, [topics.item_stats], lambda records: told.update((r.key, r.value) for r in records)
+    )
+    follower.start()
+    start_reader(settings).wait_for(written)
+    _, partials = single_pass(sent, settings.features)
+    end = time.monotonic() + 20
+    while sum(ItemStats.FromString(value).revision for value in list(told.values())) < sum(
+        partial.revision for partial in partials.values()
+    ):
+        assert time.monotonic() < end, "the replicas were not told everything"
+        time.sleep(0.02)
+    follower.stop()
 
 
 def test_two_workers_that_both_believe_to_own_everything(
