@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,8 @@ from benchmarks.stream_readings import Differences
 from benchmarks.stream_truth import SinglePass
 from core.errors import RecommenderError, StageTimeoutError
 from core.kafka import KafkaProducer
+from core.settings import load_settings
+from core.telemetry import configure_logging
 
 _EVENTS_PER_USER = 40
 # The broker may be away for seconds; a message waits that out.
@@ -124,11 +127,15 @@ class Result:
             "freezes": self.blows.count(Blow.FREEZE),
             "broker_kills": self.blows.count(Blow.BROKER),
             "redis_kills": self.blows.count(Blow.REDIS, Blow.REDIS_OLDER),
-            "dead_partitions_still_seconds_max": round(max(still.dead, default=0.0), 2),
-            "other_partitions_still_seconds_max": round(max(still.others, default=0.0), 2),
+            **_spread("dead_partitions_still_seconds", still.dead),
+            **_spread("other_partitions_still_seconds", still.others),
             "settle_seconds": round(self.settle_seconds, 1),
             "seconds": round(self.seconds, 1),
         }
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {f"{name}_p50": round(median(values), 2), f"{name}_max": round(max(values), 2)} if values else {}
 
 
 def run(plan: Plan, seed: int, home: Path) -> Result:
@@ -241,6 +248,7 @@ def main() -> int:
     if arguments.events is not None:
         plan = replace(plan, events=arguments.events)
     try:
+        configure_logging(load_settings().telemetry, "benchmarks")
         with tempfile.TemporaryDirectory(prefix="headrace-crash-") as scratch:
             result = run(plan, arguments.seed, arguments.work or Path(scratch))
     except RecommenderError as error:

@@ -108,6 +108,9 @@ class Striker:
         for partition in range(PARTITIONS):
             gaps = self.result.stand_still.dead if partition in owned else self.result.stand_still.others
             gaps.append(self._watch.longest_gap(partition, begin, end))
+        dead, others = self.result.stand_still.dead, self.result.stand_still.others
+        seen = [", ".join(f"{gap:.2f}" for gap in gaps[-PARTITIONS // 2 :]) for gaps in (dead, others)]
+        self._say(f"seconds that partitions stood still: of the dead {seen[0]}; of the other {seen[1]}")
 
     def _wait_until_shared(self) -> None:
         """Returns when the group is at rest: every partition with one of the two, and both have some."""
