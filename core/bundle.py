@@ -166,6 +166,19 @@ def publish(registry: Path, staged: Path, manifest: Manifest, *, promote: bool =
     return ReleaseBundle(target, complete)
 
 
+def put_file(folder: Path, name: str, made: Path) -> None:
+    """Puts another file of the same meaning into a bundle, with its checksum: for erasure, which no version survives.
+
+    Whoever opens the bundle between the two steps is told that it is corrupt, and tries again.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    manifest["files"][name] = {"sha256": _sha256(made), "bytes": made.stat().st_size}
+    unfinished = folder / f".{MANIFEST}"
+    unfinished.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", "utf-8")
+    made.replace(folder / name)
+    unfinished.replace(folder / MANIFEST)
+
+
 def promote_version(registry: Path, version: str) -> None:
     """Makes a version CURRENT, in one step."""
     if not (registry / version / MANIFEST).is_file():

@@ -135,11 +135,11 @@ class Record:
 
 
 class TopicFollower:
-    """Reads every partition of some topics, from the start or from given offsets, for as long as it lives.
+    """Reads every partition of some topics, from the start, given offsets or the end, for as long as it lives.
 
     No consumer group: each replica sees everything. `on_records` is called on the follower's thread with batches
     in order; `caught_up` is set when everything that was there at the start has been delivered. Kafka being away
-    delays it and never ends it.
+    delays it and never ends it; a record that `on_records` raises at is logged and left out.
     """
 
     def __init__(
@@ -148,7 +148,10 @@ class TopicFollower:
         topics: Iterable[str],
         on_records: Callable[[list[Record]], None],
         start_offsets: Mapping[tuple[str, int], int] | None = None,
+        *,
+        from_end: bool = False,
     ) -> None:
+        self._from_end = from_end
         self._settings = settings
         self._topics = tuple(topics)
         self._on_records = on_records
@@ -217,10 +220,23 @@ class TopicFollower:
                 )
                 records.append(record)
                 self._start_offsets[(record.topic, record.partition)] = record.offset + 1
-            if records:
-                self._on_records(records)
+            self._deliver(records)
             if not self.caught_up.is_set() and self._reached():
                 self.caught_up.set()
+
+    def _deliver(self, records: list[Record]) -> None:
+        if not records:
+            return
+        try:
+            self._on_records(records)
+        except Exception as error:  # noqa: BLE001 - one record must not end the news of all others
+            if len(records) == 1:
+                one = records[0]
+                _log.error("left out", topic=one.topic, partition=one.partition, offset=one.offset, error=repr(error))
+                return
+            # Rows are replaced whole, so that what was applied before the one at fault may be applied again.
+            for record in records:
+                self._deliver([record])
 
     def _assignment(self, consumer: Consumer) -> list[TopicPartition]:
         assignment: list[TopicPartition] = []
@@ -231,6 +247,8 @@ class TopicFollower:
             for partition in metadata.partitions:
                 where = TopicPartition(topic, partition)
                 low, high = consumer.get_watermark_offsets(where, timeout=5)
+                if self._from_end:
+                    self._start_offsets.setdefault((topic, partition), high)
                 start = self._start_offsets.get((topic, partition), OFFSET_BEGINNING)
                 # Offsets of an older log that this broker does not have: read everything.
                 where.offset = start if start == OFFSET_BEGINNING or low <= start <= high else OFFSET_BEGINNING

@@ -173,3 +173,48 @@ def topics(
     if problems:
         raise typer.Exit(1)
     typer.echo(f"all topics are right at {settings.bootstrap_servers}")
+
+
+@app.command()
+def erase(
+    user_id: Annotated[str, typer.Argument(help="The user to erase.")],
+    data: Annotated[
+        str | None, typer.Option(help="Event log: folder or fsspec URL. Else that of the settings.")
+    ] = None,
+    registry: Annotated[
+        Path | None, typer.Option(help="Folder of the release bundles. Else that of the settings.", file_okay=False)
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Goes into the receipt.")] = "",
+    receipt: Annotated[
+        Path | None, typer.Option(help="File for the receipt. Else erased-<time>.json here.", dir_okay=False)
+    ] = None,
+    timeout_seconds: Annotated[float, typer.Option(min=1, help="How long the stream worker may take.")] = 60,
+    config: Config = None,
+) -> None:
+    """Erase a user: online store, event log, batch scores, caches; with a receipt of what went and what stays.
+
+    Sends the user's tombstone (a null value on the users topic, which any producer may send), waits until the stream
+    worker has erased the row, then rewrites the files. What came before does not come back when Kafka is read again
+    or the store is rebuilt. Kafka itself forgets by its own retention; the receipt says when. A user who comes back
+    begins anew.
+
+    Example: [bold]headrace erase u-4711 --reason "request 2026-118"[/]
+    """
+    import orjson
+
+    from core.kafka import wait_for_kafka
+    from core.settings import load_settings
+    from devstack.erase import erase as run
+
+    settings = load_settings(config)
+    wait_for_kafka(settings.kafka, _KAFKA_TIMEOUT_SECONDS)
+    log, folder = data or settings.streams.event_log_path, registry or settings.registry.path
+    done = run(user_id, log, folder, settings, reason=reason, timeout_seconds=timeout_seconds)
+    path = receipt or Path(f"erased-{done.finished_time.replace(':', '')}.json")
+    path.write_bytes(orjson.dumps(done.as_dict(), option=orjson.OPT_INDENT_2) + b"\n")
+    for place, count in done.removed.items():
+        typer.echo(f"{count:>8,}  {place}")
+    typer.echo(
+        f"not found in {len(done.not_found)} other places; Kafka holds {len(done.kafka_holds)} topics for a while"
+    )
+    typer.echo(f"receipt: {path}")

@@ -32,7 +32,7 @@ from offline.replay import LOG_PARTITION, SHOWN_COLUMNS, Entry, Replay, Shown, s
 from offline.reporting import Reporter
 
 _EVENT_COLUMNS = ("user_id", "event_id", "item_id", "kind", "event_time", "value", "confidence", "categories")
-_PLACE = ("partition", "offset")
+_PLACE = ("partition", "offset", "ingest_time")
 _DELETE_ROWS = 500
 # Source and partition; None for what was imported.
 Where = tuple[int, int] | None

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from core.clock import Clock, SystemClock
 from core.codec import from_ms
 from core.grpc_runtime import GrpcServer
-from core.kafka import KafkaProducer
+from core.kafka import KafkaProducer, Record, TopicFollower
 from core.process import Process, freeze_heap
 from core.settings import ServingSettings, Settings
 from core.telemetry import get_logger
@@ -90,7 +90,11 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
             TopSelector(settings.features),
             impressions,
         )
-        recommender = Recommender(_pipeline(stages, filters, serving, clock), releases, serving, clock)
+        last_good = LastGood(serving.last_good_users, serving.last_good_max_age_seconds, clock)
+        tombstones = _follow_tombstones(settings, topics, last_good)
+        stack.push_async_callback(asyncio.to_thread, tombstones.stop)
+        pipeline = Pipeline(stages, Ladder(serving, filters, last_good), last_good, serving.ladder, clock)
+        recommender = Recommender(pipeline, releases, serving, clock)
 
         server = GrpcServer(serving.host, serving.port, SERVICES)
         answering = RecommenderService(recommender, breakers, serving, clock, process.stopping)
@@ -109,9 +113,19 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         yield server
 
 
-def _pipeline(stages: Stages, filters: EligibilityFilter, settings: ServingSettings, clock: Clock) -> Pipeline:
-    last_good = LastGood(settings.last_good_users, settings.last_good_max_age_seconds, clock)
-    return Pipeline(stages, Ladder(settings, filters, last_good), last_good, settings.ladder, clock)
+def _follow_tombstones(settings: Settings, topics: Topics, last_good: LastGood) -> TopicFollower:
+    """Erased users are forgotten here, too. From the end of the topic: this process has kept nothing before."""
+    loop = asyncio.get_running_loop()
+
+    def forget(records: list[Record]) -> None:
+        erased = [record.key.decode("utf-8", "replace") for record in records if record.value is None]
+        if erased:
+            # The ladder belongs to the loop's thread.
+            loop.call_soon_threadsafe(last_good.forget, erased)
+
+    follower = TopicFollower(settings.kafka, (topics.users,), forget, from_end=True)
+    follower.start()
+    return follower
 
 
 def _breaker(name: str, settings: ServingSettings, clock: Clock) -> CircuitBreaker:

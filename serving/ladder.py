@@ -6,7 +6,7 @@ filter as everything else.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,10 +38,11 @@ class LastGood:
         self._max_age_seconds = max_age_seconds
         self._clock = clock
         self._answers: OrderedDict[str, Remembered] = OrderedDict()
+        self._erased: OrderedDict[str, None] = OrderedDict()
 
     def remember(self, query: Query, ranking: Ranking) -> None:
         """Keeps a ranking, unless the request's own filter made it too narrow for others."""
-        if query.request.filter.ByteSize():
+        if query.request.filter.ByteSize() or query.user_id in self._erased:
             return
         item_ids = query.release.catalog.item_ids
         rows = ranking.candidates.rows[:_KEPT_DEPTH].tolist()
@@ -53,6 +54,14 @@ class LastGood:
         self._answers.move_to_end(query.user_id)
         if len(self._answers) > self._users:
             self._answers.popitem(last=False)
+
+    def forget(self, user_ids: Iterable[str]) -> None:
+        """These users were erased. Nothing of theirs is kept again: a request may still be using the old row."""
+        for user_id in user_ids:
+            self._answers.pop(user_id, None)
+            self._erased[user_id] = None
+            if len(self._erased) > self._users:
+                self._erased.popitem(last=False)
 
     def recall(self, user_id: str) -> Remembered | None:
         found = self._answers.get(user_id)

@@ -41,14 +41,26 @@ class Erasure:
     cut: Offsets = field(default_factory=dict)
     time_ms: int = 0
 
-    def erases(self, source: int | None, partition: int | None, offset: int | None) -> bool:
+    def erases(self, source: int | None, partition: int | None, offset: int | None, ingest_ms: int | None) -> bool:
         """Whether a message of the user, at this position of a user-keyed topic, is from before the tombstone.
 
-        What was imported (no position) is: whoever imports a user again after the erasure must say so by another id.
+        A topic of another life (made anew since, or before) has no position in the cut: there the time decides. What
+        was imported (no position) is erased, whenever it was imported.
         """
         if source is None or partition is None or offset is None:
             return True
-        return offset <= self.cut.get((source, partition), -1)
+        if (source, partition) in self.cut:
+            return offset <= self.cut[source, partition]
+        return ingest_ms is None or ingest_ms <= self.time_ms
+
+    def erases_profile(
+        self, source: int | None, partition: int | None, offset: int | None, ingest_ms: int | None
+    ) -> bool:
+        """The same for a message of the users topic; the tombstone is one of them."""
+        where = (self.tombstone.source, self.tombstone.partition)
+        if offset is not None and (source, partition) == where:
+            return offset <= self.tombstone.offset
+        return ingest_ms is None or ingest_ms <= self.time_ms
 
 
 class Erasures:
@@ -144,8 +156,17 @@ def tombstone_writes(user_id: str, offsets: Mapping[tuple[int, int], int], profi
     ]
 
 
-def surviving(rows: pa.Table, source: int | None, erasures: Iterable[Erasure]) -> npt.NDArray[np.bool_]:
-    """Which rows of the event log (of one source) are not erased. Needs the columns user_id, partition, offset."""
+def surviving(
+    rows: pa.Table, source: int | None, erasures: Iterable[Erasure], *, profiles: bool = False
+) -> npt.NDArray[np.bool_]:
+    """Which rows of the event log are not erased.
+
+    Args:
+        rows: of one source, with the columns user_id, partition, offset, ingest_time.
+        source: the topic's identity; None for imported rows.
+        erasures: records, of any users.
+        profiles: the rows are of the users topic.
+    """
     by_user: dict[str, list[Erasure]] = {}
     for erasure in erasures:
         by_user.setdefault(erasure.user_id, []).append(erasure)
@@ -153,16 +174,32 @@ def surviving(rows: pa.Table, source: int | None, erasures: Iterable[Erasure]) -
     if not by_user or not rows.num_rows:
         return kept
     ids = rows["user_id"].cast(pa.string())
-    for index in np.flatnonzero(pc.is_in(ids, pa.array(list(by_user), pa.string())).to_numpy()).tolist():
-        partition, offset = rows["partition"][index].as_py(), rows["offset"][index].as_py()
-        kept[index] = not any(one.erases(source, partition, offset) for one in by_user[ids[index].as_py()])
+    hits = np.flatnonzero(pc.is_in(ids, pa.array(list(by_user), pa.string())).to_numpy())
+    named = rows.select(["partition", "offset", "ingest_time"]).take(pa.array(hits))
+    places = zip(
+        hits.tolist(),
+        ids.take(pa.array(hits)).to_pylist(),
+        named["partition"].to_pylist(),
+        named["offset"].to_pylist(),
+        named["ingest_time"].cast(pa.int64()).to_pylist(),
+        strict=True,
+    )
+    for index, user_id, *place in places:
+        kept[index] = not any(
+            one.erases_profile(source, *place) if profiles else one.erases(source, *place) for one in by_user[user_id]
+        )
     return kept
 
 
-def _apply_one(store: OnlineStore, erasure: Erasure) -> bool | None:
+def apply_anew(store: OnlineStore, erasure: Erasure) -> bool:
+    """Erases what came into an erased row without an event of the user. False: the row was changed meanwhile."""
+    return bool(_apply_one(store, erasure, anew=True))
+
+
+def _apply_one(store: OnlineStore, erasure: Erasure, *, anew: bool = False) -> bool | None:
     """True = erased, False = it was erased already, None = the row was changed meanwhile."""
     (profile,) = store.read(USER_PROFILE, [(erasure.user_id,)], ("profile_offsets",))
-    if _includes(profile, erasure):
+    if _includes(profile, erasure) and not anew:
         return False
     (state,) = store.read(USER_STATE, [(erasure.user_id,)], ("offsets",))
     raw = state.raw.get("offsets", ABSENT)

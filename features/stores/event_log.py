@@ -171,6 +171,12 @@ class EventLog:
             ) from error
         return rows.unify_dictionaries().combine_chunks()
 
+    def rewrite(self, path: str, kept: pa.Array) -> None:
+        """Replaces a file, in one step, by those of its rows for which `kept` is true."""
+        with self._files.open(path, "rb") as file:
+            rows = pq.read_table(file, partitioning=None)
+        self._put(path, rows.filter(kept))
+
     def _put(self, path: str, rows: pa.Table) -> str:
         folder, name = path.rsplit("/", 1)
         buffer = pa.BufferOutputStream()

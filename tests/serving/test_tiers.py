@@ -4,7 +4,9 @@ import asyncio
 import time
 
 import pytest
+from confluent_kafka import Producer
 
+from core.topics import Topics
 from headrace.v1 import types_pb2 as types
 from headrace.v1.recommender_service_pb2 import RecommendRequest
 from headrace.v1.types_pb2 import DegradedReason, ServingTier
@@ -103,6 +105,18 @@ async def test_ranker_back_serves_ranked_again(house) -> None:
     await until(is_ranked, 5)
 
 
+async def test_a_request_that_a_neighbour_refuses_does_not_shut_it_off_for_the_others(house) -> None:
+    house.put_user()
+    recommender, _ = await house.open()
+    house.candidate.mode = "refuse"
+    for _ in range(10):
+        answer = await recommender.Recommend(ask())
+        assert "RETRIEVAL_UNAVAILABLE" in reasons(answer)
+        assert "BREAKER_OPEN" not in reasons(answer)
+    house.candidate.mode = "answer"
+    assert not reasons(await recommender.Recommend(ask()))
+
+
 async def test_candidate_down_serves_ranked_from_batch_scores_and_trending(house) -> None:
     house.put_user(batch=range(60, 70))
     recommender, _ = await house.open(candidate_target=NOWHERE)
@@ -153,6 +167,23 @@ async def test_redis_down_serves_last_good_then_popular(house) -> None:
     assert tier(answer) == "POPULAR"
     assert "UNKNOWN_USER" not in reasons(answer), "nobody could say whether the user is known"
     assert_good(answer)
+
+
+async def test_an_erased_user_has_no_last_good_answer(house) -> None:
+    house.put_user()
+    recommender, _ = await house.open()
+    await recommender.Recommend(ask())
+    house.stop_redis()
+    assert tier(await recommender.Recommend(ask())) == "LAST_GOOD"
+    kafka = house.settings_of({}).kafka
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+
+    async def is_forgotten() -> bool:
+        producer.produce(Topics(kafka.topic_prefix).users, None, b"ada")
+        producer.flush(5)
+        return tier(await recommender.Recommend(ask())) != "LAST_GOOD"
+
+    await until(is_forgotten)
 
 
 async def test_redis_down_with_session_events_is_still_personal(house) -> None:
