@@ -27,6 +27,8 @@ MAX_IMPRESSIONS = 500
 # 1971-01-01 and 2100-01-01: outside, a clock was not set or a unit was mistaken.
 MIN_TIME_MS = 31_536_000_000
 MAX_TIME_MS = 4_102_444_800_000
+# The span of google.protobuf.Timestamp, which JSON holds to and protobuf does not; its earlier end lies nearer.
+MAX_ITEM_TIME_SECONDS = 253_402_300_799
 # An event may be this far ahead of the time at which the broker got it (clock skew), not more.
 MAX_AHEAD_MS = 86_400_000
 
@@ -92,6 +94,10 @@ def check_item(item: Item) -> None:
         raise MalformedEventError("categories", f"at most {MAX_CATEGORIES}")
     if item.HasField("price") and not math.isfinite(item.price):
         raise MalformedEventError("price", "must be a finite number")
+    for field in ("publish_time", "expire_time"):
+        # Old works and far ends are fine; what no calendar has would not fit a column.
+        if abs(getattr(item, field).seconds) > MAX_ITEM_TIME_SECONDS:
+            raise MalformedEventError(field, "is outside the years 1 to 9999; is the unit right?")
     for name, number in item.numbers.items():
         if not math.isfinite(number):
             raise MalformedEventError(f"numbers.{name}", "must be a finite number")

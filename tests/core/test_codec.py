@@ -2,6 +2,7 @@
 
 import pytest
 from google.protobuf import json_format
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,6 +74,14 @@ def test_impressions_are_checked_one_by_one() -> None:
 def test_an_item_with_infinite_price_is_refused() -> None:
     with pytest.raises(MalformedEventError, match="price"):
         codec.check_item(Item(item_id="i", price=float("inf")))
+
+
+@pytest.mark.parametrize("field", ["publish_time", "expire_time"])
+def test_an_item_time_that_no_calendar_has_is_refused(field) -> None:
+    codec.check_item(Item(item_id="i", **{field: Timestamp(seconds=-2_000_000_000)}))
+    for seconds in (2**62, -(2**62)):
+        with pytest.raises(MalformedEventError, match=field):
+            codec.check_item(Item(item_id="i", **{field: Timestamp(seconds=seconds)}))
 
 
 def test_a_key_that_is_not_the_users_is_refused() -> None:

@@ -1,0 +1,42 @@
+"""What follows topics survives what it reads; against an embedded broker."""
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from core.kafka import KafkaProducer, Record, TopicFollower
+from core.settings import load_settings
+
+
+def test_a_record_that_cannot_be_applied_is_left_out_and_the_others_go_on(
+    embedded_kafka: dict[str, Any], kafka_producer: KafkaProducer
+) -> None:
+    topic = f"follow-{uuid.uuid4().hex}"
+    settings = load_settings(overrides={"kafka": embedded_kafka}).kafka
+    applied: list[bytes] = []
+
+    def apply(records: list[Record]) -> None:
+        for record in records:
+            if record.key == b"poison":
+                raise OverflowError("too large")
+            applied.append(record.key)
+
+    for key in (b"before", b"poison", b"after"):
+        kafka_producer.send(topic, key, b"value").result(10)
+    follower = TopicFollower(settings, [topic], apply)
+    follower.start()
+    try:
+        assert follower.caught_up.wait(30)
+        assert {b"before", b"after"} == set(applied)
+        kafka_producer.send(topic, b"later", b"value").result(10)
+        _until(lambda: b"later" in applied)
+    finally:
+        follower.stop()
+
+
+def _until(check: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not check():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.01)
