@@ -75,6 +75,22 @@ async def test_reflection_lists_the_service(client) -> None:
         break
 
 
+@pytest.mark.parametrize("symbol", [SERVICE, f"{SERVICE}.Recommend", "headrace.v1.RecommendRequest"])
+async def test_reflection_finds_services_methods_and_messages(client, symbol) -> None:
+    assert (await _reflected(client, symbol)).HasField("file_descriptor_response")
+
+
+@pytest.mark.parametrize("symbol", ["nothing", "headrace.v1.Nothing", f"{SERVICE}.Nothing"])
+async def test_reflection_says_what_is_not_there(client, symbol) -> None:
+    assert (await _reflected(client, symbol)).error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+async def _reflected(client, symbol):
+    stub = reflection_pb2_grpc.ServerReflectionStub(client)
+    request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+    return await stub.ServerReflectionInfo(iter([request])).read()
+
+
 async def test_a_taken_port_is_an_error_not_a_share(server) -> None:
     second = GrpcServer("127.0.0.1", server.port, [])
     with pytest.raises(OSError, match="cannot listen"):
