@@ -60,7 +60,9 @@ class Catalog:
         `available`, `publish_ms`, `expire_ms`, `categories` [n, 4], `buckets` [n, 4], `year`, `log_price`,
         `impressions`, `clicks`, `log2_popularity` [n, half-lives], `stats_revision`.
         """
-        return self._columns[name][: len(self.item_ids)]
+        # The length first: the columns read after it have room for it, also where the writer grows them just now.
+        count = len(self.item_ids)
+        return self._columns[name][:count]
 
     def upsert(self, item: Item) -> int:
         """Adds or replaces an item; returns its row."""
@@ -130,8 +132,11 @@ class Catalog:
 
     def servable(self, now_ms: int) -> npt.NDArray[np.bool_]:
         """Which items may be recommended at `now_ms`: available, published, not expired. Shape [n]."""
-        available: npt.NDArray[np.bool_] = self.column("available")
-        return available & (self.column("publish_ms") <= now_ms) & (self.column("expire_ms") > now_ms)
+        # One length for all of them: an item may come in between.
+        count = len(self.item_ids)
+        columns = self._columns
+        available: npt.NDArray[np.bool_] = columns["available"][:count]
+        return available & (columns["publish_ms"][:count] <= now_ms) & (columns["expire_ms"][:count] > now_ms)
 
     def _row_for(self, item_id: str) -> int:
         row = self._row_of.get(item_id)
