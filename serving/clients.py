@@ -6,7 +6,7 @@ cancelled with its request, and tells the breaker how it went.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
@@ -19,7 +19,15 @@ from headrace.v1.ranker_service_pb2_grpc import RankerServiceStub
 from serving.breaker import CircuitBreaker
 from serving.budget import Budget
 
-Response = TypeVar("Response")
+
+class RefusedError(StageError):
+    """The dependency is well, and says that it cannot work on this very request."""
+
+
+_KINDS: dict[grpc.StatusCode, type[StageError]] = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: StageTimeoutError,
+    grpc.StatusCode.INVALID_ARGUMENT: RefusedError,
+}
 
 
 @contextmanager
@@ -36,6 +44,10 @@ def guarded(breaker: CircuitBreaker, *, is_fair: bool) -> Iterator[None]:
     breaker.enter()
     try:
         yield
+    except RefusedError:
+        # One caller's odd request must not shut the dependency off for the others.
+        breaker.succeeded()
+        raise
     except StageTimeoutError as error:
         if is_fair:
             breaker.failed(str(error))
@@ -77,9 +89,7 @@ class GrpcClient:
                 return await method(request, timeout=deadline.remaining_seconds())
             except grpc.aio.AioRpcError as error:
                 where = f"{self._target} answered {error.code().name}: {error.details()}"
-                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                kind = StageTimeoutError if late else StageError
-                raise kind(self._name, where) from error
+                raise _KINDS.get(error.code(), StageError)(self._name, where) from error
 
 
 class CandidateClient(GrpcClient):

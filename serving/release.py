@@ -154,16 +154,19 @@ class Releases:
             await asyncio.to_thread(self._release.popular.refresh)
 
     async def _watch(self) -> None:
-        registry = self._settings.registry
+        registry, problem = self._settings.registry, ""
         while True:
             await asyncio.sleep(registry.watch_interval_ms / 1000)
+            version = ""
             try:
                 version = await asyncio.to_thread(bundles.current_version, registry.path)
                 if version not in (self._release.version, self._refused):
                     await asyncio.to_thread(self._swap)
             except ArtifactError as error:
-                _log.warning("the new release is refused, the old one serves on", problem=str(error))
-                self._refused = version
+                # Once, however long it stays so.
+                if version != self._refused or str(error) != problem:
+                    _log.warning("the new release is refused, the old one serves on", problem=str(error))
+                self._refused, problem = version, str(error)
 
     def _swap(self) -> None:
         release, feed = self._open()

@@ -45,7 +45,8 @@ def _question(query: Query, user: UserFeatures, candidates: Candidates) -> UserC
     return UserCandidates(
         user_id=user.user_id,
         state=user.state_bytes,
-        embedding=user.vector,
+        # A vector of other towers would mean nothing to the model; the stream encodes the user again by itself.
+        embedding=user.vector if user.embedding_version == query.release.manifest.embedding_version else (),
         item_ids=[item_ids[row] for row in candidates.rows.tolist()],
         scores=candidates.retrieval.tolist(),
         source_bits=candidates.source_bits.tolist(),

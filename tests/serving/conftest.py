@@ -99,7 +99,7 @@ def make_topics(settings) -> None:
 
 
 class Neighbour:
-    """What the tiny servers share: `mode` is answer, fail or hang."""
+    """What the tiny servers share: `mode` is answer, refuse, fail or hang."""
 
     def __init__(self) -> None:
         self.mode = "answer"
@@ -109,6 +109,8 @@ class Neighbour:
 
     async def behave(self, request, context) -> None:
         self.requests.append(request)
+        if self.mode == "refuse":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "told to refuse")
         if self.mode == "fail":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "told to fail")
         if self.mode == "hang":

@@ -144,6 +144,14 @@ async def test_exploration_shows_a_new_item_and_its_propensity(house) -> None:
     assert [item.propensity for item in answer.items if item.position != 5] == [1.0] * 9
 
 
+async def test_a_registry_that_loses_its_pointer_leaves_the_release_in_place(house, registry) -> None:
+    recommender, _ = await house.open()
+    (registry / "CURRENT").unlink()
+    await asyncio.sleep(0.3)  # several looks of the watcher, which leave no other trace
+    assert not house.process.stopping.is_set()
+    assert_good(await recommender.Recommend(ask()))
+
+
 async def test_rules_of_the_bundle_pin_and_bury(house, registry) -> None:
     rules = {
         "pin": [{"item_id": "item-030", "position": 0}, {"item_id": "item-199", "position": 1}],
