@@ -6,7 +6,7 @@ not finite pass, and the scorer replaces them.
 
 import numpy as np
 
-from core.codec import MAX_ID_CHARS, to_ms
+from core.codec import MAX_ID_CHARS, MAX_TIME_MS, MIN_TIME_MS, to_ms
 from core.errors import InvalidRequestError, MalformedEventError, NotFoundError
 from features import windows
 from features.windows import UserState
@@ -62,7 +62,7 @@ def _job(field: str, user: UserCandidates, release: Release, now_ms: int) -> Use
         np.array(user.scores, np.float32),
         # Only the bits of known sources are read; a sign bit must not overflow.
         (np.array(user.source_bits, np.int64) & 0x7FFFFFFF).astype(np.int32),
-        _time_ms(user, now_ms),
+        _time_ms(field, user, now_ms),
     )
 
 
@@ -75,7 +75,13 @@ def _state(field: str, blob: bytes) -> UserState:
         raise InvalidRequestError(field, f"not an encoded user state ({error})") from error
 
 
-def _time_ms(user: UserCandidates, now_ms: int) -> int:
+def _time_ms(field: str, user: UserCandidates, now_ms: int) -> int:
     if user.context.HasField("as_of_time"):
-        return to_ms(user.context.as_of_time)
-    return to_ms(user.request_time) if user.HasField("request_time") else now_ms
+        name, time_ms = "context.as_of_time", to_ms(user.context.as_of_time)
+    elif user.HasField("request_time"):
+        name, time_ms = "request_time", to_ms(user.request_time)
+    else:
+        return now_ms
+    if not MIN_TIME_MS <= time_ms <= MAX_TIME_MS:
+        raise InvalidRequestError(f"{field}.{name}", "is not between 1971 and 2100; is the unit right?")
+    return time_ms

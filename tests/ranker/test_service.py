@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from core.bundle import ITEM_STATS, ITEM_VECTORS, RANKER, RANKER_CONFIG, ReleaseBundle, promote_version
 from core.clock import ManualClock
@@ -160,8 +161,10 @@ def _fields(message: UserCandidates) -> dict[str, object]:
         (asked(1, embedding=[1.0] * 3), "users[0].embedding: 16 numbers are needed"),
         (asked(1, state=None, user_id="x" * 129), "users[0].user_id: at most 128"),
         (asked(*range(2001)), "users[0].item_ids: at most 2000, not 2001"),
+        (asked(1, request_time=Timestamp(seconds=2**62)), "users[0].request_time: is not between"),
+        (asked(1, context={"as_of_time": Timestamp(seconds=-(2**62))}), "users[0].context.as_of_time: is not between"),
     ],
-    ids=["scores", "source_bits", "embedding", "user_id", "item_ids"],
+    ids=["scores", "source_bits", "embedding", "user_id", "item_ids", "time", "as_of"],
 )
 async def test_a_bad_request_names_its_field(
     make_bundle: MakeBundle, start: Start, user: UserCandidates, field: str
