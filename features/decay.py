@@ -27,6 +27,8 @@ def value_at(landmark: int, total: float, half_life_ms: int, time_ms: int) -> fl
 
 def add(landmark: int, total: float, other_landmark: int, other_total: float) -> tuple[int, float]:
     """Sum of two forward-decayed sums of one half-life, at the later landmark."""
+    if other_landmark == landmark:
+        return landmark, total + other_total
     if other_landmark > landmark:
         return other_landmark, other_total + math.ldexp(total, max(landmark - other_landmark, -2000))
     return landmark, total + math.ldexp(other_total, max(other_landmark - landmark, -2000))

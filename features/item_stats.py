@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from core.settings import FeaturesSettings
 from features import decay
 from features.transforms import engagement_weight
-from features.windows import OTHER_KINDS, Position, UserEvent, decode_offsets, encode_offsets
-from headrace.v1.events_pb2 import DecayedSum, KindStats
+from features.windows import OTHER_KINDS, Position, UserEvent, decode_offsets
 from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
 
 
@@ -71,23 +70,20 @@ def add_up(partials: Iterable[ItemPartial]) -> ItemPartial:
 
 
 def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: FeaturesSettings) -> ItemStatsProto:
-    return ItemStatsProto(
+    proto = ItemStatsProto(
         item_id=item_id,
         source_partition=source_partition,
-        offsets=encode_offsets(partial.offsets),
         revision=partial.revision,
         watermark_ms=partial.watermark_ms,
-        kinds=[
-            KindStats(kind=kind, count=count, value_sum=value_sum)
-            for kind, (count, value_sum) in sorted(partial.kinds.items())
-        ],
-        popularity=[
-            DecayedSum(half_life_ms=half_life_seconds * 1000, landmark=landmark, sum=total)
-            for half_life_seconds, (landmark, total) in zip(
-                settings.half_lives_seconds, partial.popularity, strict=False
-            )
-        ],
     )
+    # Added in place, which costs half of what a message does that is then copied.
+    for (source, partition), offset in sorted(partial.offsets.items()):
+        proto.offsets.add(source=source, partition=partition, offset=offset)
+    for kind, (count, value_sum) in sorted(partial.kinds.items()):
+        proto.kinds.add(kind=kind, count=count, value_sum=value_sum)
+    for half_life_seconds, (landmark, total) in zip(settings.half_lives_seconds, partial.popularity, strict=False):
+        proto.popularity.add(half_life_ms=half_life_seconds * 1000, landmark=landmark, sum=total)
+    return proto
 
 
 def decode(proto: ItemStatsProto) -> ItemPartial:

@@ -9,8 +9,9 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import accumulate, pairwise
-from typing import NamedTuple
+from itertools import accumulate
+from operator import sub
+from typing import Any, NamedTuple
 
 from core.codec import to_ms
 from core.errors import MalformedEventError
@@ -18,7 +19,6 @@ from core.settings import FeaturesSettings
 from features import decay
 from features.transforms import category_bucket, engagement_weight, stable_hash
 from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, SourceOffset
-from headrace.v1.state_pb2 import DecayedBuckets, KindCounter
 from headrace.v1.state_pb2 import UserState as UserStateProto
 
 ENCODING = 1
@@ -150,6 +150,7 @@ def _remember_id(state: UserState, entry: tuple[int, int], settings: FeaturesSet
 
 def _count_categories(state: UserState, event: UserEvent, settings: FeaturesSettings) -> None:
     weight = engagement_weight(event.kind, event.value, event.confidence, settings) / len(event.categories)
+    buckets = [category_bucket(category, settings.category_buckets) for category in event.categories]
     if not state.affinity:
         state.affinity = [(0, {}) for _ in settings.half_lives_seconds]
     for index, half_life_seconds in enumerate(settings.half_lives_seconds):
@@ -158,10 +159,10 @@ def _count_categories(state: UserState, event: UserEvent, settings: FeaturesSett
         if event_landmark > landmark:
             sums = {bucket: decay.add(landmark, total, event_landmark, 0.0)[1] for bucket, total in sums.items()}
             landmark = event_landmark
-        for category in event.categories:
-            bucket = category_bucket(category, settings.category_buckets)
-            sums[bucket] = decay.add(landmark, sums.get(bucket, 0.0), event_landmark, weight * growth)[1]
-        state.affinity[index] = (landmark, sums)
+            state.affinity[index] = (landmark, sums)
+        _, gain = decay.add(landmark, 0.0, event_landmark, weight * growth)
+        for bucket in buckets:
+            sums[bucket] = sums.get(bucket, 0.0) + gain
 
 
 def recent_items(state: UserState, kinds: frozenset[str] | None = None) -> list[str]:
@@ -204,6 +205,7 @@ def as_impression_event(shown: ImpressionList, position: Position | None = None)
 
 def encode(state: UserState) -> bytes:
     """The state as bytes (headrace.v1.UserState); equal states give equal bytes."""
+    # All at once: each assignment to a message is a call of its own, and this runs for every user of a batch.
     proto = UserStateProto(
         encoding=ENCODING,
         revision=state.revision,
@@ -212,33 +214,43 @@ def encode(state: UserState) -> bytes:
         dwell_seconds=state.dwell_seconds,
         duplicate_count=state.duplicate_count,
         outside_horizon_count=state.outside_horizon_count,
-        offsets=encode_offsets(state.offsets),
+        **_history_fields(state.history),
+        **_horizon_fields(state.horizon),
     )
-    if state.history:
-        times, hashes, items, kinds, values = zip(*state.history, strict=True)
-        names = sorted(set(kinds))
-        index_of = {name: index for index, name in enumerate(names)}
-        proto.time_delta_ms.extend(_deltas(times))
-        proto.event_hash.extend(hashes)
-        proto.item_id.extend(items)
-        proto.kind_name.extend(names)
-        proto.kind.extend([index_of[kind] for kind in kinds])
-        proto.valued_index.extend(index for index, value in enumerate(values) if value != 1.0)
-        proto.value.extend(value for value in values if value != 1.0)
-    if state.horizon:
-        times, hashes = zip(*state.horizon, strict=True)
-        proto.horizon_time_delta_ms.extend(_deltas(times))
-        proto.horizon_event_hash.extend(hashes)
-    proto.kind_counters.extend(
-        KindCounter(kind=kind, count=count, value_sum=value_sum)
-        for kind, (count, value_sum) in sorted(state.kinds.items())
-    )
+    for (source, partition), offset in sorted(state.offsets.items()):
+        proto.offsets.add(source=source, partition=partition, offset=offset)
+    for kind, (count, value_sum) in sorted(state.kinds.items()):
+        proto.kind_counters.add(kind=kind, count=count, value_sum=value_sum)
     for landmark, sums in state.affinity:
         buckets = sorted(sums)
-        proto.category_affinity.append(
-            DecayedBuckets(landmark=landmark, bucket=buckets, sum=[sums[bucket] for bucket in buckets])
-        )
+        proto.category_affinity.add(landmark=landmark, bucket=buckets, sum=[sums[bucket] for bucket in buckets])
     return proto.SerializeToString(deterministic=True)
+
+
+def _history_fields(history: list[Interaction]) -> dict[str, Any]:
+    if not history:
+        return {}
+    times, hashes, items, kinds, values = zip(*history, strict=True)
+    names = sorted(set(kinds))
+    index_of = {name: index for index, name in enumerate(names)}
+    fields: dict[str, Any] = {
+        "time_delta_ms": _deltas(times),
+        "event_hash": hashes,
+        "item_id": items,
+        "kind_name": names,
+        "kind": [index_of[kind] for kind in kinds],
+    }
+    valued = [(index, value) for index, value in enumerate(values) if value != 1.0]
+    if valued:
+        fields["valued_index"], fields["value"] = zip(*valued, strict=True)
+    return fields
+
+
+def _horizon_fields(horizon: list[tuple[int, int]]) -> dict[str, Any]:
+    if not horizon:
+        return {}
+    times, hashes = zip(*horizon, strict=True)
+    return {"horizon_time_delta_ms": _deltas(times), "horizon_event_hash": hashes}
 
 
 def decode(blob: bytes) -> UserState:
@@ -263,16 +275,17 @@ def decode(blob: bytes) -> UserState:
     state.duplicate_count = proto.duplicate_count
     state.outside_horizon_count = proto.outside_horizon_count
     state.offsets = decode_offsets(proto.offsets)
-    kinds = [proto.kind_name[index] for index in proto.kind]
+    names = list(proto.kind_name)
+    kinds = [names[index] for index in proto.kind]
     values = [1.0] * len(kinds)
     for index, value in zip(proto.valued_index, proto.value, strict=True):
         values[index] = value
-    state.history = [
-        Interaction(*entry)
-        for entry in zip(accumulate(proto.time_delta_ms), proto.event_hash, proto.item_id, kinds, values, strict=True)
-    ]
-    state.horizon = list(zip(accumulate(proto.horizon_time_delta_ms), proto.horizon_event_hash, strict=True))
-    state.known = set(proto.event_hash) | set(proto.horizon_event_hash)
+    hashes = list(proto.event_hash)
+    entries = zip(accumulate(proto.time_delta_ms), hashes, proto.item_id, kinds, values, strict=True)
+    state.history = list(map(Interaction._make, entries))
+    horizon_hashes = list(proto.horizon_event_hash)
+    state.horizon = list(zip(accumulate(proto.horizon_time_delta_ms), horizon_hashes, strict=True))
+    state.known = {*hashes, *horizon_hashes}
     state.kinds = {counter.kind: (counter.count, counter.value_sum) for counter in proto.kind_counters}
     state.affinity = [
         (part.landmark, dict(zip(part.bucket, part.sum, strict=True))) for part in proto.category_affinity
@@ -292,4 +305,4 @@ def decode_offsets(offsets: Iterable[SourceOffset]) -> dict[tuple[int, int], int
 
 
 def _deltas(times: tuple[int, ...]) -> list[int]:
-    return [times[0], *(later - earlier for earlier, later in pairwise(times))]
+    return [times[0], *map(sub, times[1:], times)]
