@@ -243,6 +243,7 @@ def _tell_what_stays(settings: Settings, user_id: str, receipt: Receipt) -> None
         "event log: _erased/, the user's id and the same positions, so that no replay or rebuild brings anything back",
         "item statistics: sums over everybody, without ids; a rebuild makes them anew without the user",
         "models: trained before the erasure; `headrace train` makes them anew without the user",
+        "Feast's offline files: `headrace history` makes them anew without the user",
         "serving and candidate hold no copy beyond the last good answer, which serving drops with the tombstone",
     ]
 

@@ -263,6 +263,25 @@ def rebuild(
         )
 
 
+@app.command()
+def history(
+    out: Annotated[Path, typer.Option(help="Folder for the files; HEADRACE_FEAST_OFFLINE names it to Feast.")],
+    data: Data = None,
+    json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Write what user_state and user_profile held at which event time, for Feast's get_historical_features.
+
+    Example: [bold]headrace history --data log --out .headrace/feast[/]
+    """
+    from offline import tables
+    from offline.history import write_history
+
+    settings, log, _ = _read_settings(config, data, None)
+    summary = write_history(log, out, settings)
+    _show(summary, vars(summary), tables.print_history, json=json)
+
+
 def _import_public(kind: str, paths: list[Path], out: str, *, check: bool, json: bool) -> None:
     from tempfile import TemporaryDirectory
 

@@ -11,6 +11,7 @@ from core.bundle import ReleaseBundle
 from offline.batch_scores import ScoreSummary
 from offline.data.dataset import time_text
 from offline.evaluate import Evaluation
+from offline.history import HistorySummary
 from offline.materialize import MaterializeSummary
 
 
@@ -45,6 +46,14 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         f"{evaluation.train_seconds:.0f} s of them training",
         highlight=False,
     )
+
+
+def print_history(summary: HistorySummary, console: Console) -> None:
+    table = _facts("history of feature rows")
+    table.add_row("user_state", f"{summary.user_state:,}")
+    table.add_row("user_profile", f"{summary.user_profile:,}")
+    table.add_row("seconds", f"{summary.seconds:.1f}")
+    console.print(table)
 
 
 def print_scored(summary: ScoreSummary, console: Console) -> None:

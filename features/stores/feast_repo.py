@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import pyarrow as pa
+
 from core.errors import ConfigError
 from core.settings import Settings
 from features.definitions import SERVICES, VIEWS, Column, ColumnType, Entity, View
+from features.stores import event_rows
 
 REPO = Path(__file__).resolve().parents[2] / "feature_repo"
 DEFINITIONS, CONFIG = "headrace_features.py", "feature_store.yaml"
@@ -30,6 +33,15 @@ _TYPES = {
     ColumnType.DOUBLE: "Float64",
     ColumnType.STRINGS: "Array(String)",
     ColumnType.FLOATS: "Array(Float32)",
+}
+
+_ARROW_TYPES = {
+    ColumnType.BYTES: pa.binary(),
+    ColumnType.STRING: pa.string(),
+    ColumnType.INT64: pa.int64(),
+    ColumnType.DOUBLE: pa.float64(),
+    ColumnType.STRINGS: pa.list_(pa.string()),
+    ColumnType.FLOATS: pa.list_(pa.float32()),
 }
 
 _HEADER = f'''\
@@ -130,6 +142,14 @@ def feature_store(settings: Settings, registry_path: Path):  # type: ignore[no-u
             entity_key_serialization_version=3,
         )
     )
+
+
+def offline_schema(view: View) -> pa.Schema:
+    """Columns of a view's files below OFFLINE_VARIABLE."""
+    keys = [pa.field(key, pa.string()) for key in view.join_keys]
+    columns = [pa.field(column.name, _ARROW_TYPES[column.type]) for column in view.columns]
+    times = [pa.field(name, event_rows.TIME) for name in ("event_timestamp", "created_timestamp")]
+    return pa.schema([*keys, *columns, *times])
 
 
 def feast_objects() -> list[object]:

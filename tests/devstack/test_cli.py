@@ -39,14 +39,20 @@ def test_help_is_quick_and_names_every_command() -> None:
         done = run("--help")
         best = min(best, time.monotonic() - begin)
     assert done.returncode == 0
-    for command in ("demo", "up", "check", "topics"):
+    for command in ("demo", "up", "check", "topics", "dead-letter", "erase", "rebuild", "history"):
         assert f" {command} " in done.stdout
     assert best < 0.7
 
 
-@pytest.mark.parametrize("command", ["demo", "up", "check", "topics"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("demo", "up", "check", "topics", "erase", "rebuild", "history"),
+        *("dead-letter list", "dead-letter show", "dead-letter redrive"),
+    ],
+)
 def test_a_command_teaches_by_example(command: str) -> None:
-    done = run(command, "--help")
+    done = run(*command.split(), "--help")
     assert "Example: " in done.stdout
     assert f"headrace {command}" in done.stdout
 
