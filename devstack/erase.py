@@ -244,7 +244,8 @@ def _tell_what_stays(settings: Settings, user_id: str, receipt: Receipt) -> None
         "item statistics: sums over everybody, without ids; a rebuild makes them anew without the user",
         "models: trained before the erasure; `headrace train` makes them anew without the user",
         "Feast's offline files: `headrace history` makes them anew without the user",
-        "serving and candidate hold no copy beyond the last good answer, which serving drops with the tombstone",
+        "serving's memory: nothing, the last good answer went with the tombstone",
+        "the stream worker's memory: the old state, unused, until the room is needed, the user acts, or it restarts",
     ]
 
 

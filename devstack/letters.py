@@ -6,7 +6,7 @@ one before the message goes out, one when Kafka has it. Invariant: a letter with
 so a run that was cut off sends nothing twice, and says which letters it cannot be sure of.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,10 @@ from google.protobuf.message import DecodeError
 
 from core.codec import to_ms
 from core.errors import ConfigError, NotFoundError, StageError
-from core.kafka import KafkaProducer, Written, client_config
-from core.settings import KafkaSettings
+from core.kafka import KafkaProducer, Written, client_config, topic_sources
+from core.settings import KafkaSettings, Settings
 from core.topics import Topics, dead_letter
+from features.stores.erasures import Erasure, Erasures
 from headrace.v1.events_pb2 import DeadLetter
 
 # On a message that was sent again: the position of its letter. On a note: the same, beside what the note says.
@@ -106,6 +107,7 @@ def redrive(
     *,
     again: bool = False,
     set_headers: Mapping[str, bytes] | None = None,
+    is_erased: Callable[[DeadLetter], bool] = lambda _: False,
 ) -> Redriven:
     """Sends the original bytes, key and headers of letters to their source topics.
 
@@ -114,6 +116,7 @@ def redrive(
         letters: as read_letters gives them.
         again: also those that were sent before.
         set_headers: headers to add, or to put in the place of the original ones.
+        is_erased: whether a letter's user was erased after it; such letters are never sent.
 
     Raises:
         StageError: Kafka did not take a message; those before it are sent and noted.
@@ -122,13 +125,31 @@ def redrive(
     producer = KafkaProducer(settings)
     try:
         for one in letters:
-            if reason := _reason_to_skip(one, again=again):
+            reason = "its user was erased since" if is_erased(one.letter) else _reason_to_skip(one, again=again)
+            if reason:
                 result.skipped[one.position] = reason
             else:
                 result.sent[one.position] = _send(producer, one, set_headers or {})
     finally:
         producer.close()
     return result
+
+
+def erased_letters(settings: Settings) -> Callable[[DeadLetter], bool]:
+    """For `redrive`: sent again, a message from before its user's erasure would count as a new one."""
+    records: dict[bytes, list[Erasure]] = {}
+    for erasure in Erasures(settings.streams.event_log_path).all() if settings.streams.event_log_path else ():
+        records.setdefault(erasure.user_id.encode(), []).append(erasure)
+    topics = Topics(settings.kafka.topic_prefix)
+    sources = topic_sources(settings.kafka, topics.inbound) if records else {}
+
+    def is_erased(letter: DeadLetter) -> bool:
+        place = (sources.get(letter.topic), letter.partition, letter.offset, to_ms(letter.dead_letter_time))
+        if letter.topic == topics.users:
+            return any(one.erases_profile(*place) for one in records.get(letter.key, ()))
+        return letter.topic != topics.items and any(one.erases(*place) for one in records.get(letter.key, ()))
+
+    return is_erased
 
 
 def _reason_to_skip(one: Letter, *, again: bool) -> str:

@@ -106,12 +106,13 @@ def redrive(
     """Send dead letters to their topics again: the original bytes, key and headers.
 
     By position, by filter, or all of them. A letter is sent once; the command remembers that, in Kafka. What is still
-    wrong with a message makes a new dead letter.
+    wrong with a message makes a new dead letter. Letters of users who were erased since are not sent.
 
     Example: [bold]headrace dead-letter redrive --reason "not protobuf" --set-header content-type=application/json[/]
     """
     from core.errors import ConfigError
-    from devstack.letters import Choice, read_letters
+    from core.settings import load_settings
+    from devstack.letters import Choice, erased_letters, read_letters
     from devstack.letters import redrive as run
 
     if not (positions or topic or reason or key or everything):
@@ -121,7 +122,9 @@ def redrive(
         raise ConfigError("--set-header: say NAME=VALUE, as in content-type=application/json")
     kafka = _kafka(config)
     letters = read_letters(kafka, Choice(tuple(positions or ()), topic, reason, key))
-    result = run(kafka, letters, again=again, set_headers={name: value.encode() for name, _, value in pairs})
+    headers = {name: value.encode() for name, _, value in pairs}
+    is_erased = erased_letters(load_settings(config))
+    result = run(kafka, letters, again=again, set_headers=headers, is_erased=is_erased)
     if json:
         sent = {one: f"{w.topic}/{w.partition}/{w.offset}" for one, w in result.sent.items()}
         _print_json({"sent": sent, "skipped": result.skipped})

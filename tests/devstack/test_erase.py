@@ -18,6 +18,7 @@ from devstack.addresses import to_environment
 from devstack.child import tied
 from devstack.cli import app
 from devstack.erase import erase
+from devstack.letters import Choice, erased_letters, read_letters, redrive
 from devstack.ports import Ports
 from devstack.processes import http_problem, python_module
 from devstack.retention import _retention, retention_of
@@ -146,6 +147,9 @@ def test_everything_of_the_user_goes_and_nothing_of_others(house, bundle, own_re
     assert receipt.removed == removed
     assert receipt.not_found == ["online store: user_embedding"]
     assert len(receipt.dead_letters) == 1
+    letters = read_letters(house.settings.kafka, Choice())
+    redriven = redrive(house.settings.kafka, letters, is_erased=erased_letters(house.settings))
+    assert redriven.skipped == {receipt.dead_letters[0]: "its user was erased since"}
     assert receipt.kafka_holds[house.topics.events].meaning == "in memory, until the embedded broker stops"
     assert not receipt.came_back
 
