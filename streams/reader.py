@@ -32,6 +32,8 @@ Where = tuple[str, int]
 _BACKOFF_SECONDS = (0.05, 2.0)
 _COMMIT_SECONDS = 1.0
 _METADATA_SECONDS = 5.0
+# What brokers take at least, as they come.
+_BROKER_SESSION_MIN_MS = 6000
 # Messages waiting in the client, all partitions together.
 _QUEUE_KB = 32_768
 
@@ -405,7 +407,12 @@ class BatchReader:
             config["group.protocol"] = "consumer"
         else:
             config["partition.assignment.strategy"] = streams.group_protocol
-            config["session.timeout.ms"] = streams.session_timeout_ms
-            # The others hear of a death with their next heartbeat: that wait comes on top of the session's.
+            config["session.timeout.ms"] = _session_ms(streams.session_timeout_ms)
+            # The others hear of a death with their next heartbeat.
             config["heartbeat.interval.ms"] = max(1, streams.session_timeout_ms // 12)
         return config
+
+
+def _session_ms(take_over_ms: int) -> int:
+    """The group's session, so that a dead worker's partitions move again within `take_over_ms`."""
+    return max(take_over_ms * 4 // 5, min(take_over_ms, _BROKER_SESSION_MIN_MS))
