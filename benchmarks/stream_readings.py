@@ -4,7 +4,7 @@ Adapters around stream_truth. Invariant: everything is read from where others wo
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from features import item_stats, windows
 from features.definitions import ITEM_STATS, USER_EMBEDDING, USER_STATE
 from features.item_stats import ItemPartial
 from features.stores.event_log import EventLog
-from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS
+from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, LogTable
 from features.stores.online import OnlineStore
 from features.windows import UserState
 from headrace.v1.candidate_service_pb2 import EncodeUsersRequest, UserToEncode
@@ -32,6 +32,8 @@ from headrace.v1.events_pb2 import DeadLetter, ItemStats
 T = TypeVar("T")
 
 _BATCH = 500
+# A fetch that waits at the end of one partition would hold up the next.
+_FETCH_WAIT_MS = 10
 _ENCODE_BATCH = 64
 _ENCODE_SECONDS = 30
 # The same state in another batch gives the same vector but for the order of its sums.
@@ -58,9 +60,10 @@ class Differences:
 
 def read_topic(cluster: Cluster, topic: str) -> Iterator[Logged]:
     """All that lies in a topic now, partition by partition, each in order."""
-    consumer = Consumer({**client_config(cluster.quiet_kafka), "group.id": "benchmarks", "enable.auto.commit": False})
+    config = {"group.id": "benchmarks", "enable.auto.commit": False, "fetch.wait.max.ms": _FETCH_WAIT_MS}
+    consumer = Consumer({**client_config(cluster.quiet_kafka), **config})
     try:
-        for partition in range(PARTITIONS):
+        for partition in range(cluster.partitions):
             where = TopicPartition(topic, partition, OFFSET_BEGINNING)
             _, end = consumer.get_watermark_offsets(where, timeout=10)
             consumer.assign([where])
@@ -83,7 +86,7 @@ def ends(cluster: Cluster) -> dict[tuple[int, int], int]:
     found = {}
     try:
         for topic in cluster.topics.user_keyed:
-            for partition in range(PARTITIONS):
+            for partition in range(cluster.partitions):
                 _, end = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)
                 if end:
                     found[cluster.sources[topic], partition] = end - 1
@@ -96,7 +99,7 @@ def wait_for_markers(cluster: Cluster, store: OnlineStore, timeout_seconds: floa
     """True when all markers have reached the ends of the topics."""
     wanted, limit = ends(cluster), time.monotonic() + timeout_seconds
     while time.monotonic() < limit:
-        markers = store.read_markers(range(PARTITIONS))
+        markers = store.read_markers(range(cluster.partitions))
         if all(markers[where[1]].get(where, -1) >= end for where, end in wanted.items()):
             return True
         time.sleep(_SETTLE_POLL_SECONDS)
@@ -167,10 +170,10 @@ def stale_vectors(cluster: Cluster, store: OnlineStore, truth: SinglePass, *, en
     return stale
 
 
-def logged_places(cluster: Cluster) -> Iterator[Place]:
+def logged_places(cluster: Cluster, tables: Sequence[LogTable] = (EVENTS, FEEDBACK, IMPRESSIONS)) -> Iterator[Place]:
     """Source position of every row of the event log, doubles included."""
     log = EventLog(cluster.settings.streams.event_log_path)
-    for table in (EVENTS, FEEDBACK, IMPRESSIONS):
+    for table in tables:
         for path in log.files(table):
             rows = pq.read_table(path, columns=["topic", "partition", "offset"], partitioning=None).to_pydict()
             yield from map(Place, rows["topic"], rows["partition"], rows["offset"])
