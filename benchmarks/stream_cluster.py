@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from core.errors import StageError, StageTimeoutError
 from core.kafka import client_config, topic_sources
 from core.settings import Settings, load_settings
 from core.topics import Topics
-from devstack.ports import Ports
+from devstack.ports import LOOPBACK, Ports
 from devstack.processes import ProcessSpec, http_problem, python_module
 from devstack.stack import LOCAL, Stack
 from features.stores.online import OnlineStore
@@ -71,6 +72,30 @@ class Cluster:
     @property
     def logs(self) -> Path:
         return self._stack.logs
+
+    @property
+    def partitions(self) -> int:
+        """Of each user-keyed topic."""
+        return self.settings.kafka.partitions
+
+    def pid(self, name: str) -> int:
+        return self._stack.pid(name)
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """What a process says of itself now: the sum over all labels of each of its own metrics."""
+        connection = HTTPConnection(LOOPBACK, self._admin_ports[name], timeout=_ADMIN_SECONDS)
+        try:
+            connection.request("GET", "/metrics")
+            text = connection.getresponse().read().decode()
+        finally:
+            connection.close()
+        sums: dict[str, float] = {}
+        for line in text.splitlines():
+            if line.startswith("headrace_"):
+                labelled, _, value = line.rpartition(" ")
+                metric = labelled.partition("{")[0]
+                sums[metric] = sums.get(metric, 0.0) + float(value)
+        return sums
 
     def store(self) -> OnlineStore:
         return OnlineStore(self.settings.redis, self.settings.features.project)
@@ -131,15 +156,16 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(home: Path, **streams: int | str) -> Iterator[Cluster]:
-    """Starts everything, with settings of section `streams` beside the defaults of this test."""
+def running_cluster(
+    home: Path, names: Sequence[str] = ("candidate", *WORKERS), kafka: str = LOCAL, **streams: int | str
+) -> Iterator[Cluster]:
+    """Starts Redis, Kafka and the named processes, with settings of section `streams` beside this test's defaults."""
     values: dict[str, int | str] = {
         "session_timeout_ms": SESSION_TIMEOUT_MS,
         "event_log_interval_ms": 1000,
         **streams,
     }
     ports = Ports()
-    names = ("candidate", *WORKERS)
     admin_ports = {name: ports.take(name) for name in names}
     specs = [
         ProcessSpec(
@@ -158,9 +184,10 @@ def running_cluster(home: Path, **streams: int | str) -> Iterator[Cluster]:
         for name in names
     ]
     environment = {f"HEADRACE_STREAMS__{key.upper()}": str(value) for key, value in values.items()}
-    environment["HEADRACE_KAFKA__PARTITIONS"] = str(PARTITIONS)
+    if kafka == LOCAL:
+        environment["HEADRACE_KAFKA__PARTITIONS"] = str(PARTITIONS)
     try:
-        with Stack(home, kafka=LOCAL, bundles=home / "bundles", processes=specs, extra_env=environment) as stack:
+        with Stack(home, kafka=kafka, bundles=home / "bundles", processes=specs, extra_env=environment) as stack:
             yield Cluster(stack, admin_ports)
     finally:
         ports.close()
