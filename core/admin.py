@@ -53,7 +53,10 @@ class AdminServer:
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
             return [f"{text}\n".encode()]
 
-        self._server: WSGIServer = make_server(host, port, app, handler_class=_QuietHandler)
+        try:
+            self._server: WSGIServer = make_server(host, port, app, handler_class=_QuietHandler)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {host}:{port}, for /ready and /metrics") from error
         self.port: int = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="admin", daemon=True)
         self._thread.start()

@@ -4,6 +4,8 @@ Used by serving (ingestion, impressions), streams, candidate, ranker and the too
 the same partitioner, every failure is a StageError that names Kafka and its address.
 """
 
+import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +30,31 @@ from core.telemetry import get_logger
 from core.topics import PARTITIONER, source_id
 
 _log = get_logger("kafka")
+# librdkafka says the same about a broker that is away up to twenty times a second.
+_REPEAT_SECONDS = 30.0
+_REPEATS_KEPT = 1000
+
+
+class _SaidOnce(logging.Filter):
+    """Lets each line pass once in a while; what differs in its times and counts alone is the same line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = re.sub(r"\(after .*?\)", "", record.getMessage())
+        now = time.monotonic()
+        if now - self._said.get(text, -_REPEAT_SECONDS) < _REPEAT_SECONDS:
+            return False
+        if len(self._said) >= _REPEATS_KEPT:
+            self._said.clear()
+        self._said[text] = now
+        return True
+
+
+_librdkafka = get_logger("librdkafka").stdlib
+_librdkafka.addFilter(_SaidOnce())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +71,7 @@ def client_config(settings: KafkaSettings) -> dict[str, Any]:
     return {
         "bootstrap.servers": settings.bootstrap_servers,
         # librdkafka's own lines go through our logger, where they have a level and a process name.
-        "logger": get_logger("librdkafka").stdlib,
+        "logger": _librdkafka,
         "log_level": 4,
         "reconnect.backoff.max.ms": 1000,
         **settings.client,

@@ -31,6 +31,12 @@ def test_ready_names_each_problem_in_a_line(admin) -> None:
         assert answer.status == 200
 
 
+def test_a_taken_port_is_named(admin) -> None:
+    port = int(admin[1].rpartition(":")[2])
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+        AdminServer("127.0.0.1", port, Readiness())
+
+
 def test_metrics_are_served(admin) -> None:
     with urllib.request.urlopen(f"{admin[1]}/metrics") as answer:
         assert b"python_info" in answer.read()

@@ -5,7 +5,9 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from core.kafka import KafkaProducer, Record, TopicFollower
+import pytest
+
+from core.kafka import KafkaProducer, Record, TopicFollower, client_config
 from core.settings import load_settings
 
 
@@ -33,6 +35,14 @@ def test_a_record_that_cannot_be_applied_is_left_out_and_the_others_go_on(
         _until(lambda: b"later" in applied)
     finally:
         follower.stop()
+
+
+def test_what_librdkafka_repeats_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    logger = client_config(load_settings().kafka)["logger"]
+    for after_ms in range(100):
+        logger.error("FAIL [%s]: %s", "producer-1", f"Connection refused (after {after_ms}ms in state CONNECT)")
+    logger.error("FAIL [%s]: %s", "producer-2", "Connection refused (after 0ms in state CONNECT)")
+    assert len(caplog.records) == 2
 
 
 def _until(check: Callable[[], bool]) -> None:
