@@ -82,6 +82,8 @@ class Demo:
                 summary = self._summary(clicks)
                 self._print_summary(summary)
                 if options.keep:
+                    # Nobody clicks any more, and a client left open would report every trouble of Kafka to the screen.
+                    sender.close()
                     self._keep(stack, users[0], next(iter(self.titles)))
             finally:
                 backend.close()
@@ -291,31 +293,31 @@ def _wait_for_marker(stack: Stack, newest: dict[int, int], timeout_seconds: floa
 
 
 def hints(stack: Stack, user_id: str, item_id: str) -> str:
-    """Lines to copy: grpcurl, a Python client, a Kafka producer."""
+    """Lines to copy: grpcurl, a Python client, a Kafka producer. Not indented: a shell ends `<<'END'` at its margin."""
     address, kafka = stack.address("serving"), stack.address("kafka")
     return f"""
-  grpcurl -plaintext -d '{{"user_id": "{user_id}", "num_items": 5}}' {address} \\
-    headrace.v1.RecommenderService/Recommend
+grpcurl -plaintext -d '{{"user_id": "{user_id}", "num_items": 5}}' {address} \\
+  headrace.v1.RecommenderService/Recommend
 
-  python - <<'END'
-  import grpc
-  from headrace.v1 import recommender_service_pb2 as pb, recommender_service_pb2_grpc as rpc
-  stub = rpc.RecommenderServiceStub(grpc.insecure_channel("{address}"))
-  answer = stub.Recommend(pb.RecommendRequest(user_id="{user_id}", num_items=5), timeout=0.25)
-  for item in answer.items: print(item.position, item.title, list(item.sources))
-  END
+python - <<'END'
+import grpc
+from headrace.v1 import recommender_service_pb2 as pb, recommender_service_pb2_grpc as rpc
+stub = rpc.RecommenderServiceStub(grpc.insecure_channel("{address}"))
+answer = stub.Recommend(pb.RecommendRequest(user_id="{user_id}", num_items=5), timeout=0.25)
+for item in answer.items: print(item.position, item.title, list(item.sources))
+END
 
-  python - <<'END'
-  import json, time, uuid
-  from confluent_kafka import Producer
-  producer = Producer({{"bootstrap.servers": "{kafka}", "partitioner": "murmur2_random"}})
-  now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-  event = {{"eventId": uuid.uuid4().hex, "userId": "{user_id}", "itemId": "{item_id}",
-           "kind": "click", "eventTime": now}}
-  producer.produce("headrace.events.v1", json.dumps(event), key="{user_id}",
-                   headers={{"content-type": "application/json"}})
-  producer.flush()
-  END
+python - <<'END'
+import json, time, uuid
+from confluent_kafka import Producer
+producer = Producer({{"bootstrap.servers": "{kafka}", "partitioner": "murmur2_random"}})
+now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+event = {{"eventId": uuid.uuid4().hex, "userId": "{user_id}", "itemId": "{item_id}",
+         "kind": "click", "eventTime": now}}
+producer.produce("headrace.events.v1", json.dumps(event), key="{user_id}",
+                 headers={{"content-type": "application/json"}})
+producer.flush()
+END
 """
 
 
