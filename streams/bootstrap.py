@@ -8,6 +8,7 @@ import asyncio
 import gc
 import tempfile
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from streams.watchdog import Watchdog
 _log = get_logger("streams")
 
 _KAFKA_SECONDS = 1.0
+_PAUSE_SECONDS = 0.2
 # A batch makes and drops tens of thousands of objects, none of them in cycles: with the collector's default of 700
 # new objects it takes a quarter of the reader's time.
 _GC_THRESHOLD = (100_000, 20, 50)
@@ -108,12 +110,18 @@ class Worker:
 async def _wait_for_sources(settings: Settings, process: Process) -> dict[str, int] | None:
     """Identities of the topics, as soon as Kafka tells them; None when the process is stopped before."""
     topics = Topics(settings.kafka.topic_prefix)
+    said = ""
     while not process.stopping.is_set():
         try:
             await asyncio.to_thread(wait_for_kafka, settings.kafka, _KAFKA_SECONDS)
             return await asyncio.to_thread(topic_sources, settings.kafka, topics.inbound)
         except StageError as error:
-            _log.warning("waiting for kafka", problem=str(error))
+            if str(error) != said:
+                said = str(error)
+                _log.warning("waiting for kafka", problem=said)
+            # A Kafka without the topics says so at once.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.stopping.wait(), _PAUSE_SECONDS)
     return None
 
 
