@@ -1,0 +1,222 @@
+"""What an event costs: `python -m benchmarks.ingest [--events N] [--quick] [--json]`. Needs KAFKA_HOME.
+
+One worker reads events from a real Kafka and writes a real Redis and the event log, all on this machine: CPU time per
+event (which other load on shared cores inflates), beside bare consumers of the same topic; then, with the candidate
+service, how long users wait for their vectors. Figures: benchmarks/streams.md. Invariant: CPU is that of the whole
+process, from the first event sent until markers and event log have the last one.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.plain_load import PlainConfig, paced, plain_events
+from benchmarks.stream_cluster import Cluster, running_cluster
+from benchmarks.stream_readings import wait_for_markers
+from core.errors import RecommenderError, StageTimeoutError
+from core.kafka import KafkaProducer
+from core.settings import load_settings
+from features.stores.online import OnlineStore
+from headrace.v1.events_pb2 import Event
+from offline.data.simulator import SimulatorConfig, simulate
+from offline.train import train
+
+WORKER = "streams-1"
+_ZIPF = 1.2
+_DIRTY_PER_SECOND = 1000
+_SETTLE_SECONDS = 600.0
+# The towers that serve: the default architecture; how well they are trained does not change what they cost.
+_SIMULATED = SimulatorConfig(users=100, items=300, seed=7, end_time_ms=1_780_000_000_000)
+_TRAINING = {"offline": {"max_epochs": 1, "ranker_epochs": 1, "ranker_max_rows": 1000, "batch_scores_per_user": 5}}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    events: int
+    users: int
+    embedding_seconds: int
+    # The first and the last so many seconds are compared.
+    window_seconds: int
+
+
+FULL = Plan(200_000, users=50_000, embedding_seconds=60, window_seconds=10)
+QUICK = Plan(15_000, users=4000, embedding_seconds=6, window_seconds=2)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one load, in microseconds of CPU per event."""
+
+    worker_us: float
+    redis_us: float
+    kafka_us: float
+    events_per_second: float
+
+
+def train_serving_bundle(home: Path) -> None:
+    """A release with towers of the size that serves by default, in home/bundles."""
+    simulate(_SIMULATED, home / "dataset")
+    train(home / "dataset", home / "bundles", load_settings(overrides=_TRAINING), progress=False)
+
+
+def run(plan: Plan, home: Path) -> dict[str, Any]:
+    say("training a small bundle")
+    train_serving_bundle(home)
+    load = load_settings().streams
+    with (
+        running_cluster(home, ("candidate", WORKER), event_log_interval_ms=load.event_log_interval_ms) as cluster,
+        closing(cluster.store()) as store,
+    ):
+        cluster.stop("candidate")
+        zipf = _cost(cluster, store, PlainConfig(plan.events, plan.users, _ZIPF, name="zipf"))
+        uniform = _cost(cluster, store, PlainConfig(plan.events, plan.users, 0.0, name="uniform"))
+        cluster.stop(WORKER)
+        bare = {which: _bare(cluster, which, plan.events) for which in ("faust", "batch")}
+        cluster.start("candidate")
+        cluster.start(WORKER)
+        first, last = _dirty(cluster, plan)
+    return {
+        "cpu_us_per_event": round(zipf.worker_us, 1),
+        "uniform_cpu_us_per_event": round(uniform.worker_us, 1),
+        "redis_cpu_us_per_event": round(zipf.redis_us, 1),
+        "events_per_second": round(zipf.events_per_second),
+        "bare_faust_events_per_second": bare["faust"]["events_per_second"],
+        "bare_consumer_events_per_second": bare["batch"]["events_per_second"],
+        "oldest_dirty_ms_first": round(first, 1),
+        "oldest_dirty_ms_last": round(last, 1),
+        "uniform_redis_cpu_us_per_event": round(uniform.redis_us, 1),
+        "uniform_events_per_second": round(uniform.events_per_second),
+        "kafka_cpu_us_per_event": round(zipf.kafka_us, 1),
+        "bare_faust_cpu_us_per_event": bare["faust"]["cpu_us_per_event"],
+        "bare_consumer_cpu_us_per_event": bare["batch"]["cpu_us_per_event"],
+        "events": plan.events,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def _cost(cluster: Cluster, store: OnlineStore, config: PlainConfig) -> Cost:
+    """Sends a load as fast as Kafka takes it, and waits until the worker has done everything about it."""
+    say(f"{config.events:,} events over {config.users:,} users, Zipf {config.zipf}")
+    cluster.wait_ready(WORKER)
+    events = plain_events(config, int(time.time() * 1000), 0.1)
+    logged = cluster.metrics(WORKER).get(_LOGGED, 0) + config.events
+    names = (WORKER, "redis", "kafka")
+    before, begin = {name: _cpu_seconds(cluster.pid(name)) for name in names}, time.perf_counter()
+    producer = KafkaProducer(cluster.settings.kafka, linger_ms=5, queue_max=1_000_000, delivery_timeout_ms=60_000)
+    for event in events:
+        post(producer, cluster.topics.events, event)
+    producer.close(60)
+    if not wait_for_markers(cluster, store, _SETTLE_SECONDS):
+        raise StageTimeoutError("streams", "the markers do not reach the end of the topics")
+    seconds = time.perf_counter() - begin
+    while cluster.metrics(WORKER).get(_LOGGED, 0) < logged:
+        time.sleep(0.1)
+    worker, redis, kafka = ((_cpu_seconds(cluster.pid(name)) - before[name]) / config.events * 1e6 for name in names)
+    return Cost(worker, redis, kafka, config.events / seconds)
+
+
+_LOGGED, _OLDEST_DIRTY = "headrace_streams_event_log_rows_total", "headrace_streams_oldest_dirty_ms"
+
+
+def _bare(cluster: Cluster, which: str, events: int) -> dict[str, float]:
+    say(f"bare consumer: {which}")
+    command = [sys.executable, "-m", "benchmarks.bare_consumers", which]
+    arguments = [cluster.settings.kafka.bootstrap_servers, cluster.topics.events, str(events)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StageTimeoutError(
+            "kafka", f"the bare consumer {which} did not read {events} events: {done.stderr[-500:]}"
+        )
+    rates: dict[str, float] = json.loads(done.stdout)
+    return rates
+
+
+def _dirty(cluster: Cluster, plan: Plan) -> tuple[float, float]:
+    """Mean wait of the longest waiting user, in the first and in the last seconds of a steady load."""
+    for name in ("candidate", WORKER):
+        cluster.wait_ready(name)
+    say("waiting for the vectors of the loads before")
+    while cluster.metrics(WORKER)["headrace_streams_dirty_users"]:
+        time.sleep(0.5)
+    say(f"{_DIRTY_PER_SECOND:,} events/s for {plan.embedding_seconds} s, embeddings on")
+    count = plan.embedding_seconds * _DIRTY_PER_SECOND
+    config = PlainConfig(count, plan.users, _ZIPF, name="dirty")
+    events = plain_events(config, int(time.time() * 1000), 1000 / _DIRTY_PER_SECOND)
+    producer = KafkaProducer(cluster.settings.kafka)
+    sender = threading.Thread(
+        target=paced, args=(events, _DIRTY_PER_SECOND, lambda event: post(producer, cluster.topics.events, event))
+    )
+    begin, samples = time.monotonic(), []
+    sender.start()
+    while sender.is_alive():
+        samples.append((time.monotonic() - begin, cluster.metrics(WORKER)[_OLDEST_DIRTY]))
+        time.sleep(0.1)
+    producer.close()
+    end = plan.embedding_seconds - plan.window_seconds
+    first = [value for at, value in samples if at < plan.window_seconds]
+    last = [value for at, value in samples if at >= end]
+    return sum(first) / len(first), sum(last) / len(last)
+
+
+def post(producer: KafkaProducer, topic: str, event: Event) -> None:
+    while not producer.post(topic, event.user_id.encode(), event.SerializeToString()):
+        time.sleep(0.01)
+
+
+def _cpu_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def say(text: str) -> None:
+    print(f"{'ingest':>10}  {text}", file=sys.stderr, flush=True)
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    table = Table(title="What an event costs", title_justify="left")
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,}")
+    console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ingest", description=__doc__.split("\n")[0])
+    parser.add_argument("--events", type=int, help=f"of each load; else {FULL.events:,}")
+    parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
+    parser.add_argument("--quick", action="store_true", help="fewer events and users, within a minute")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else FULL
+    if arguments.events is not None:
+        plan = Plan(arguments.events, plan.users, plan.embedding_seconds, plan.window_seconds)
+    try:
+        with tempfile.TemporaryDirectory(prefix="headrace-ingest-") as scratch:
+            result = run(plan, arguments.work or Path(scratch))
+    except RecommenderError as error:
+        print(f"benchmarks.ingest: {error}", file=sys.stderr)
+        return 1
+    print_result(result, Console(stderr=arguments.json))
+    if arguments.json:
+        print(json.dumps(result | {"quick": arguments.quick}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
