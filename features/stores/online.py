@@ -131,7 +131,8 @@ class OnlineStore:
         pool = self._client.connection_pool
         connection: Any = pool.get_connection()
         try:
-            connection.send_packed_command(connection.pack_commands(commands))
+            # As one buffer: redis-py would make a system call for every few commands.
+            connection.send_packed_command([b"".join(connection.pack_commands(commands))])
             return [connection.read_response() for _ in commands]
         except BaseException:
             # Answers may be left in it; and a new one has the scripts again.
