@@ -9,19 +9,20 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from core.bundle import ReleaseBundle
-from core.errors import StageTimeoutError
+from core.errors import ConfigError, StageTimeoutError
 from core.settings import load_settings
 from devstack.backend import Backend, EventSender, Tally, percentiles, reason_names, tier_name
 from devstack.click_probe import ClickReport, click_series, order_without
 from devstack.demo_data import DemoData, active_users, prepare
 from devstack.options import DemoOptions
-from devstack.stack import Stack
+from devstack.stack import Stack, only_one
 from features.stores.feast_repo import apply_feature_repo
 from features.stores.online import OnlineStore
 from headrace.v1.events_pb2 import Item
@@ -53,8 +54,7 @@ class Demo:
     def run(self) -> int:
         options = self.options
         registry = options.home / "bundles"
-        for stale in ("bundles", "event_log"):
-            shutil.rmtree(options.home / stale, ignore_errors=True)
+        _clear(options.home)
         data = self._prepare()
         self._step("Training a release bundle: towers, ranker, index, batch scores")
         bundle = train(data.root, registry, load_settings(options.config, _TRAINING), before_ms=data.split_ms)
@@ -251,6 +251,24 @@ class Demo:
     def _categories(self, item_id: str) -> list[str]:
         item = self.titles.get(item_id)
         return list(item.categories) if item is not None else []
+
+
+def _clear(home: Path) -> None:
+    """Takes away what an earlier demo left.
+
+    Raises:
+        ConfigError: a stack is running in this folder, or what would be taken away is not a demo's.
+    """
+    made_by_demo = home / ".demo"
+    with only_one(home / "stack"):
+        old = [folder for name in ("dataset", "bundles", "event_log") if (folder := home / name).exists()]
+        if old and not made_by_demo.exists():
+            raise ConfigError(
+                f"a demo starts afresh, but {old[0]} was not made by one; give another folder with --home"
+            )
+        made_by_demo.touch()
+        for folder in old:
+            shutil.rmtree(folder)
 
 
 class _Background:

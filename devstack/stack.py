@@ -149,7 +149,7 @@ class Stack:
     def __enter__(self) -> Self:
         with ExitStack() as undo:
             undo.enter_context(signals_leave())
-            undo.enter_context(_only_one(self.folder))
+            undo.enter_context(only_one(self.folder))
             undo.callback(self._ports.close)
             if self._fresh:
                 for name in ("redis", "kafka"):
@@ -291,7 +291,7 @@ def _is_address(text: str) -> bool:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path) -> Iterator[None]:
     """Holds the folder's lock; the kernel lets go of it when this process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from core.errors import ConfigError
 from devstack.child import tied
 from devstack.cli import HeadraceGroup
+from devstack.stack import only_one
 
 HEADRACE = [sys.executable, "-m", "devstack"]
 
@@ -84,6 +85,27 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(arguments: tuple[str, ...], p
     assert done.stderr.splitlines()[-1].startswith(problem)
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("headrace:")]) == 1
+
+
+def test_a_demo_leaves_alone_what_no_demo_made(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundles" / "v1" / "manifest.json"
+    bundle.parent.mkdir(parents=True)
+    bundle.write_text("{}")
+    done = run("demo", "--home", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"headrace: a demo starts afresh, but {bundle.parents[1]} was not made by one")
+    assert bundle.exists()
+
+
+def test_a_demo_leaves_a_running_stack_alone(tmp_path: Path) -> None:
+    (tmp_path / ".demo").touch()
+    kept = tmp_path / "bundles"
+    kept.mkdir()
+    with only_one(tmp_path / "stack"):
+        done = run("demo", "--home", str(tmp_path))
+    assert done.returncode == 1
+    assert "another stack" in done.stderr
+    assert kept.exists()
 
 
 def test_every_command_ends_its_errors_in_one_place() -> None:
