@@ -16,7 +16,7 @@ from benchmarks import stream_truth
 from benchmarks.stream_cluster import PARTITIONS, Cluster
 from benchmarks.stream_truth import Logged, Place, SinglePass
 from core.grpc_runtime import blocking_channel
-from core.kafka import client_config
+from core.kafka import client_config, headers_of
 from core.topics import dead_letter
 from features import item_stats, windows
 from features.definitions import ITEM_STATS, USER_EMBEDDING, USER_STATE
@@ -75,7 +75,7 @@ def read_topic(cluster: Cluster, topic: str) -> Iterator[Logged]:
                         continue
                     at = (message.offset() or 0) + 1
                     place = Place(topic, partition, at - 1)
-                    yield Logged(place, message.key(), message.value(), _headers(message.headers()))
+                    yield Logged(place, message.key(), message.value(), _headers(headers_of(message)))
     finally:
         consumer.close()
 

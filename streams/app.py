@@ -20,7 +20,7 @@ from mode import Service
 from core.errors import StageError
 from core.settings import Settings
 from core.telemetry import get_logger
-from streams import metrics
+from streams import header_names, metrics
 from streams.dead_letters import DeadLetters
 from streams.processor import RawMessage
 from streams.profiles import ProfileProcessor, Profiles
@@ -142,6 +142,7 @@ def make_app(settings: Settings, topics: dict[str, QuietTopic], parts: Sequence[
         folder: where Faust may keep what it wants to keep.
     """
     _shorten_fetch_wait(settings.kafka.fetch_wait_max_ms)
+    header_names.install()
     # Crashes and rebalances go to our log; the rest of its lines would be news to nobody.
     logging.getLogger("faust").setLevel(logging.ERROR)
     logging.getLogger("mode").setLevel(logging.ERROR)

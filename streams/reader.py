@@ -15,7 +15,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 
 from core.clock import Clock, SystemClock
 from core.errors import StageError
-from core.kafka import client_config, topic_sources
+from core.kafka import client_config, headers_of, topic_sources
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
@@ -214,7 +214,7 @@ class BatchReader:
                 offset,
                 message.key(),
                 message.value(),
-                message.headers(),
+                headers_of(message),
                 max(0, message.timestamp()[1]),
             )
             result = try_decode(raw, self._topics, self._sources)

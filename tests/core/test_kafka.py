@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.kafka import KafkaProducer, Record, TopicFollower, client_config
+from core.kafka import KafkaProducer, Record, TopicFollower, client_config, headers_of
 from core.settings import load_settings
 
 
@@ -50,3 +50,12 @@ def _until(check: Callable[[], bool]) -> None:
     while not check():
         assert time.monotonic() < end, "in vain"
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [SystemError, UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")])
+def test_headers_whose_names_the_client_cannot_read_are_left_out(error) -> None:
+    class Unreadable:
+        def headers(self) -> None:
+            raise error
+
+    assert headers_of(Unreadable()) is None
