@@ -24,6 +24,8 @@ MAX_CATEGORIES = 64
 MAX_TAGS = 64
 MAX_VECTOR_VALUES = 4096
 MAX_IMPRESSIONS = 500
+# What an event's value may measure: sums of it, also in single precision, stay finite.
+MAX_NUMBER = 1e15
 # 1971-01-01 and 2100-01-01: outside, a clock was not set or a unit was mistaken.
 MIN_TIME_MS = 31_536_000_000
 MAX_TIME_MS = 4_102_444_800_000
@@ -64,8 +66,8 @@ def check_event(event: Event | Feedback, broker_time_ms: int | None = None) -> N
     check_id("item_id", event.item_id)
     check_kind(event.kind)
     check_time("event_time", event.HasField("event_time"), event.event_time, broker_time_ms)
-    if event.HasField("value") and not math.isfinite(event.value):
-        raise MalformedEventError("value", "must be a finite number")
+    if event.HasField("value") and not abs(event.value) <= MAX_NUMBER:
+        raise MalformedEventError("value", f"must be a number within {MAX_NUMBER:g}")
     if event.HasField("confidence") and not 0.0 <= event.confidence <= 1.0:
         raise MalformedEventError("confidence", "must be in 0..1")
     if len(event.categories) > MAX_CATEGORIES:
@@ -94,10 +96,8 @@ def check_item(item: Item) -> None:
         raise MalformedEventError("categories", f"at most {MAX_CATEGORIES}")
     if item.HasField("price") and not math.isfinite(item.price):
         raise MalformedEventError("price", "must be a finite number")
-    for field in ("publish_time", "expire_time"):
-        # Old works and far ends are fine; what no calendar has would not fit a column.
-        if abs(getattr(item, field).seconds) > MAX_ITEM_TIME_SECONDS:
-            raise MalformedEventError(field, "is outside the years 1 to 9999; is the unit right?")
+    for field in ("publish_time", "expire_time", "update_time"):
+        check_calendar(field, getattr(item, field))
     for name, number in item.numbers.items():
         if not math.isfinite(number):
             raise MalformedEventError(f"numbers.{name}", "must be a finite number")
@@ -111,6 +111,10 @@ def check_user(user: User) -> None:
     for index, preference in enumerate(user.preferences):
         if not -1.0 <= preference.weight <= 1.0:
             raise MalformedEventError(f"preferences[{index}].weight", "must be in -1..1")
+    for name, number in user.numbers.items():
+        if not math.isfinite(number):
+            raise MalformedEventError(f"numbers.{name}", "must be a finite number")
+    check_calendar("update_time", user.update_time)
 
 
 def check_key(key: bytes | None, expected: str, field: str) -> None:
@@ -141,6 +145,12 @@ def check_time(field: str, present: bool, time: Timestamp, broker_time_ms: int |
         raise MalformedEventError(field, "is not between 1971 and 2100; is the unit right?")
     if broker_time_ms is not None and broker_time_ms > 0 and time_ms > broker_time_ms + MAX_AHEAD_MS:
         raise MalformedEventError(field, "is more than a day after the broker received it")
+
+
+def check_calendar(field: str, time: Timestamp) -> None:
+    """Old works and far ends are fine; what no calendar has would not fit a column."""
+    if abs(time.seconds) > MAX_ITEM_TIME_SECONDS:
+        raise MalformedEventError(field, "is outside the years 1 to 9999; is the unit right?")
 
 
 def to_ms(time: Timestamp) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from core import codec
 from core.errors import MalformedEventError
-from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
+from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item, User
 
 NOW_MS = 1_700_000_000_000
 JSON = [("content-type", b"application/json")]
@@ -76,7 +76,22 @@ def test_an_item_with_infinite_price_is_refused() -> None:
         codec.check_item(Item(item_id="i", price=float("inf")))
 
 
-@pytest.mark.parametrize("field", ["publish_time", "expire_time"])
+@pytest.mark.parametrize("value", [1e308, -1e308, float("nan"), float("inf")])
+def test_a_value_whose_sums_would_not_be_numbers_is_refused(value) -> None:
+    codec.check_event(event(value=-1e15))
+    with pytest.raises(MalformedEventError, match="value"):
+        codec.check_event(event(value=value))
+
+
+def test_a_users_numbers_and_times_must_fit_their_columns() -> None:
+    codec.check_user(User(user_id="u", numbers={"age": 33}, update_time=codec.from_ms(NOW_MS)))
+    with pytest.raises(MalformedEventError, match=r"numbers\.age"):
+        codec.check_user(User(user_id="u", numbers={"age": float("nan")}))
+    with pytest.raises(MalformedEventError, match="update_time"):
+        codec.check_user(User(user_id="u", update_time=Timestamp(seconds=2**62)))
+
+
+@pytest.mark.parametrize("field", ["publish_time", "expire_time", "update_time"])
 def test_an_item_time_that_no_calendar_has_is_refused(field) -> None:
     codec.check_item(Item(item_id="i", **{field: Timestamp(seconds=-2_000_000_000)}))
     for seconds in (2**62, -(2**62)):
