@@ -6,7 +6,7 @@ older of the marker and `open()`'s position; a full buffer makes `add` wait, so 
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -30,6 +30,8 @@ Row = tuple[Message | None, RawMessage]
 Where = tuple[str, int]
 # Buffers may hold this many times the size of a file before `add` waits.
 _BUFFERS = 4
+# ... or this much of the messages' bytes, however few they are.
+_BUFFERED_BYTES = 64 << 20
 _RETRY_SECONDS = 0.5
 
 
@@ -42,7 +44,21 @@ class _Buffer:
     written: int
     taken: int
     rows: list[Row] = field(default_factory=list)
+    # Of their messages.
+    size_bytes: int = 0
     since: float = 0.0
+
+    def put(self, rows: Iterable[Row]) -> None:
+        """Takes those of the rows that it has not had."""
+        for row in rows:
+            if row[1].offset > self.taken:
+                self.rows.append(row)
+                self.size_bytes += _size(row)
+
+    def drop(self, last: int) -> None:
+        """Forgets the rows up to an offset."""
+        self.rows = [row for row in self.rows if row[1].offset > last]
+        self.size_bytes = sum(map(_size, self.rows))
 
 
 class EventLogSink:
@@ -100,7 +116,7 @@ class EventLogSink:
                 return
             if buffer.taken == buffer.written and not buffer.rows:
                 buffer.since = self._clock.monotonic()
-            buffer.rows.extend(row for row in rows if row[1].offset > buffer.taken)
+            buffer.put(rows)
             buffer.taken = last
             if len(buffer.rows) >= self._settings.event_log_max_events:
                 self._changed.notify_all()
@@ -125,7 +141,8 @@ class EventLogSink:
     def _full(self) -> bool:
         buffered = sum(len(buffer.rows) for buffer in self._buffers.values())
         metrics.LOG_BUFFERED.set(buffered)
-        return buffered >= _BUFFERS * self._settings.event_log_max_events
+        size_bytes = sum(buffer.size_bytes for buffer in self._buffers.values())
+        return buffered >= _BUFFERS * self._settings.event_log_max_events or size_bytes >= _BUFFERED_BYTES
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -158,6 +175,9 @@ class EventLogSink:
             except StageError as error:
                 _log.warning("event log does not take rows, trying again", problem=str(error))
                 done = False
+            except Exception as error:  # noqa: BLE001 - the rows of one partition must not end this thread
+                _log.error("unexpected error in the event log, trying again", where=where, error=repr(error))
+                done = False
         return done
 
     def _flush(self, where: Where) -> None:
@@ -176,7 +196,7 @@ class EventLogSink:
                 written = self._segments.position(buffer.stretch)
                 _log.info("another worker wrote this part of the event log", problem=str(error), position=written)
             with self._changed:
-                buffer.rows = [row for row in buffer.rows if row[1].offset > written]
+                buffer.drop(written)
                 buffer.written = max(buffer.written, written)
                 buffer.taken = max(buffer.taken, written)
                 buffer.since = since
@@ -202,6 +222,10 @@ def _table(table: LogTable, rows: Sequence[Row]) -> pa.Table:
         return upserts
     keys = [(raw.key or b"").decode() for raw in gone]
     return pa.concat_tables([upserts, event_rows.deletions(table, keys, [_source(raw) for raw in gone])])
+
+
+def _size(row: Row) -> int:
+    return len(row[1].value or b"")
 
 
 def _source(raw: RawMessage) -> Source:
