@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Ends with make, also after a kill -9, and with it all that it has started.
+TIED := exec $(BIN)/python -I -S devstack/child.py $$PPID --
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test lint format types protos check clean
@@ -25,10 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## train on simulated data, start everything, show a click change an answer (DEMO_ARGS=--keep)
-	$(BIN)/headrace demo $(DEMO_ARGS)
+	$(TIED) $(BIN)/headrace demo $(DEMO_ARGS)
 
 up: setup ## run the whole stack until stopped
-	$(BIN)/headrace up
+	$(TIED) $(BIN)/headrace up
 
 check: setup ## test every dependency and name what is missing
 	$(BIN)/headrace check
@@ -37,7 +39,7 @@ test: setup ## lint, types and all tests (TEST_ARGS='-k name' to choose)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(TIED) $(BIN)/python -m pytest $(TEST_ARGS)
 
 lint: setup ## ruff and the import contract
 	$(BIN)/ruff check .

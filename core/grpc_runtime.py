@@ -87,7 +87,8 @@ class GrpcServer:
         self._health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)
         named = [*services, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(named, self.aio, _MethodsToo())
+        pool: Any = _MethodsToo()
+        reflection.enable_server_reflection(named, self.aio, pool)
         self._address = f"{host}:{port}"
         self.port = 0
 
