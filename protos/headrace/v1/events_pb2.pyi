@@ -68,7 +68,7 @@ class Event(_message.Message):
     kind: _builtins.str
     """An open vocabulary in lower case: view, click, cart, purchase, rating, dwell, like, skip, or one's own."""
     value: _builtins.float
-    """What the kind measures: stars of a rating, seconds of a dwell, price of a purchase. Absent = 1."""
+    """What the kind measures: stars of a rating, seconds of a dwell, price of a purchase, at most 1e15. Absent = 1."""
     confidence: _builtins.float
     """How sure the producer is that the user meant it, 0..1. Absent = 1."""
     surface: _builtins.str
