@@ -95,14 +95,16 @@ def ends(cluster: Cluster) -> dict[tuple[int, int], int]:
     return found
 
 
-def wait_for_markers(cluster: Cluster, store: OnlineStore, timeout_seconds: float) -> bool:
+def wait_for_markers(
+    cluster: Cluster, store: OnlineStore, timeout_seconds: float, poll_seconds: float = _SETTLE_POLL_SECONDS
+) -> bool:
     """True when all markers have reached the ends of the topics."""
     wanted, limit = ends(cluster), time.monotonic() + timeout_seconds
     while time.monotonic() < limit:
         markers = store.read_markers(range(cluster.partitions))
         if all(markers[where[1]].get(where, -1) >= end for where, end in wanted.items()):
             return True
-        time.sleep(_SETTLE_POLL_SECONDS)
+        time.sleep(poll_seconds)
     return False
 
 
