@@ -35,10 +35,10 @@ def reason_names(answer: RecommendResponse) -> list[str]:
     return [DegradedReason.Name(reason).removeprefix("DEGRADED_REASON_").lower() for reason in answer.degraded_reasons]
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50 and p99; NaN where there is nothing."""
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """p50 and p99; None (JSON's null) where there is nothing."""
     if not values:
-        return {"p50": float("nan"), "p99": float("nan")}
+        return {"p50": None, "p99": None}
     p50, p99 = np.percentile(values, [50, 99])
     return {"p50": round(float(p50), 2), "p99": round(float(p99), 2)}
 

@@ -154,7 +154,7 @@ class Demo:
         unchanged = len(report.clicks) - len(report.changed_ms)
         self.console.print(
             f"  {len(report.changed_ms)} of {len(report.clicks)} clicks changed the order of the other items, "
-            f"p50 {spread['p50']:.0f} ms, p99 {spread['p99']:.0f} ms; "
+            f"p50 {spread['p50']} ms, p99 {spread['p99']} ms; "
             f"{unchanged} ({unchanged / max(1, len(report.clicks)):.0%}) changed nothing"
         )
         if report.changed_without_click:
