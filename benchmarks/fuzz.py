@@ -44,7 +44,7 @@ MESSAGES, QUICK_MESSAGES = 200_000, 12_000
 # Readings of the memory after these shares of the load.
 STAGES = (0.1, 0.5, 1.0)
 # Small, so that the caches are full at the first reading.
-_CACHED_USERS = 300
+_CACHED_USERS = 50
 _ITEMS = 200
 _SETTLE_SECONDS = 300.0
 _POLL_SECONDS = 0.5

@@ -1,9 +1,10 @@
 """One worker and two: `python -m benchmarks.scale [--events N] [--rounds N] [--quick] [--json]`. Needs KAFKA_HOME.
 
-The workers own the six partitions and stand still (SIGSTOP) while a backlog is sent, then go on at one moment, each on
-a core of its own. Where Kafka and Redis share these cores, wall time measures them, too; so the ratio is also taken of
-CPU time: a backlog cannot be done before the worker with the most work has had the CPU for it. Figures:
-benchmarks/scale.md. Invariant: one worker and two take backlogs of the same size and kind, in turns, rows in memory.
+A group of one worker and a group of two, each with a project of its own, read the same six partitions. All stand still
+(SIGSTOP) while a backlog is sent; then the one takes it, then the two, at once. Where the cores are shared, with Kafka,
+Redis and each other, that measures the cores, too; so a second backlog is taken by each of the two in turn, the other
+standing still: the slower of the two says how long both would take, each on a core of its own. Figures:
+benchmarks/scale.md. Invariant: both groups take the same messages, with all rows in memory.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,16 @@ from core.errors import RecommenderError, StageTimeoutError
 from core.kafka import KafkaProducer
 from features.stores.online import OnlineStore
 
+SOLO = "streams-solo"
+_PROJECT = "solo"
 _USERS = 20_000
-# Rows of all users come into memory before a backlog is measured.
-_WARM_SHARE = 0.5
 # A worker that stands still is no dead one.
-_SESSION_MS = 120_000
+_SESSION_MS = 180_000
+_MARKER_MS = 50
 _SETTLE_SECONDS = 600.0
 _POLL_SECONDS = 0.01
 _SERVERS = ("kafka", "redis")
-_LOGGED = "headrace_streams_event_log_rows_total"
+_BUFFERED = "headrace_streams_event_log_buffered"
 _BEGIN = time.monotonic()
 
 
@@ -51,79 +53,71 @@ class Plan:
     rounds: int
 
 
-FULL, QUICK = Plan(150_000, rounds=3), Plan(20_000, rounds=1)
+FULL, QUICK = Plan(60_000, rounds=6), Plan(15_000, rounds=2)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One backlog, taken by some workers."""
+    """One backlog, or one worker's part of it."""
 
     events: int
     seconds: float
-    # CPU seconds, by process; until the event log, too, has everything.
+    # CPU seconds by process, until the event log, too, has everything.
     cpu: dict[str, float]
-    # Events in the partitions of each worker.
-    shares: dict[str, int]
 
-    @property
-    def events_per_second(self) -> float:
-        return self.events / self.seconds
 
-    @property
-    def events_per_cpu_second(self) -> float:
-        """What the workers would do, each with a core to itself and Kafka and Redis elsewhere."""
-        return self.events / max(self.cpu[worker] for worker in self.shares)
+@dataclass(frozen=True)
+class Round:
+    """What one round has measured: two backlogs."""
+
+    one: Run
+    both: Run
+    one_again: Run
+    in_turn: tuple[Run, Run]
 
 
 class Scale:
-    """The cluster and the backlogs that were sent to it."""
+    """The cluster, and the backlogs that are sent to it."""
 
-    def __init__(self, cluster: Cluster, store: OnlineStore, plan: Plan) -> None:
-        self._cluster, self._store, self._plan = cluster, store, plan
+    def __init__(self, cluster: Cluster, store: OnlineStore, solo_store: OnlineStore) -> None:
+        self._cluster, self._store, self._solo_store = cluster, store, solo_store
+        self._processes = {name: psutil.Process(cluster.pid(name)) for name in (SOLO, *WORKERS, *_SERVERS)}
+        self._partitions = self._wait_for_shares()
         self._sent = 0
+        for name, core in zip(WORKERS, self.cores, strict=False):
+            _pin(cluster.pid(name), core)
+        _pin(cluster.pid(SOLO), self.cores[0])
 
-    def measure(self, workers: Sequence[str]) -> Run:
-        """Backlogs for exactly these workers: one that makes them warm, one that counts."""
-        for worker in WORKERS:
-            if worker not in workers:
-                self._cluster.stop(worker)
-        for worker in workers:
-            self._cluster.start(worker)
-            self._cluster.wait_ready(worker)
-        self._wait_for_shares(workers)
-        for worker, core in zip(workers, sorted(os.sched_getaffinity(0)), strict=False):
-            _pin(self._cluster.pid(worker), core)
-        self._backlog(workers, int(self._plan.events * _WARM_SHARE))
-        run = self._backlog(workers, self._plan.events)
-        say(
-            f"{' and '.join(workers)}: {run.events_per_second:,.0f} events/s, "
-            f"{run.events_per_cpu_second:,.0f} per CPU second of the busiest, shares {list(run.shares.values())}"
-        )
-        return run
+    @property
+    def cores(self) -> list[int]:
+        """Those of the two workers; the first is also that of the one."""
+        return sorted(os.sched_getaffinity(0))[:2]
 
-    def _backlog(self, workers: Sequence[str], events: int) -> Run:
-        """Sends so many events to workers that stand still, and lets them go."""
-        processes = [psutil.Process(self._cluster.pid(worker)) for worker in workers]
-        names = (*workers, *_SERVERS)
-        logged = self._logged(workers) + events
-        before = readings.ends(self._cluster)
-        for process in processes:
-            process.suspend()
-        try:
-            self._send(events)
-            cpu, begin = self._cpu(names), time.perf_counter()
-        finally:
-            for process in processes:
-                process.resume()
-        if not readings.wait_for_markers(self._cluster, self._store, _SETTLE_SECONDS, _POLL_SECONDS):
-            raise StageTimeoutError("streams", "the markers do not reach the end of the topics")
-        seconds = time.perf_counter() - begin
-        while self._logged(workers) < logged:
-            time.sleep(_POLL_SECONDS)
-        after = self._cpu(names)
-        return Run(events, seconds, {name: after[name] - cpu[name] for name in names}, self._shares(workers, before))
+    def round(self, events: int, *, one_first: bool) -> Round:
+        """Two backlogs of so many events."""
+        self._backlog(events)
+        if one_first:
+            one, both = self._let(SOLO), self._let(*WORKERS)
+        else:
+            both, one = self._let(*WORKERS), self._let(SOLO)
+        self._backlog(events)
+        if one_first:
+            one_again, in_turn = self._let(SOLO), self._in_turn()
+        else:
+            in_turn, one_again = self._in_turn(), self._let(SOLO)
+        return Round(one, both, one_again, in_turn)
 
-    def _send(self, events: int) -> None:
+    def _in_turn(self) -> tuple[Run, Run]:
+        return self._let(WORKERS[0]), self._let(WORKERS[1])
+
+    def release(self) -> None:
+        for name in (SOLO, *WORKERS):
+            self._processes[name].resume()
+
+    def _backlog(self, events: int) -> None:
+        """Sends events to workers that stand still."""
+        for name in (SOLO, *WORKERS):
+            self._processes[name].suspend()
         producer = KafkaProducer(
             self._cluster.quiet_kafka, linger_ms=5, queue_max=1_000_000, delivery_timeout_ms=60_000
         )
@@ -133,73 +127,118 @@ class Scale:
         producer.close(60)
         self._sent += events
 
-    def _shares(self, workers: Sequence[str], before: dict[tuple[int, int], int]) -> dict[str, int]:
-        new = {where[1]: end - before.get(where, -1) for where, end in readings.ends(self._cluster).items()}
-        return {
-            worker: sum(new.get(partition, 0) for partition in self._cluster.partitions_of(worker))
-            for worker in workers
-        }
-
-    def _wait_for_shares(self, workers: Sequence[str]) -> None:
-        limit = time.monotonic() + _SETTLE_SECONDS
-        while any(len(self._cluster.partitions_of(worker)) != PARTITIONS // len(workers) for worker in workers):
-            if time.monotonic() > limit:
-                raise StageTimeoutError("kafka", f"{len(workers)} workers do not share the partitions evenly")
-            time.sleep(_POLL_SECONDS)
+    def _let(self, *workers: str) -> Run:
+        """Lets these workers take what there is in their partitions; all others stand still."""
+        store = self._solo_store if workers == (SOLO,) else self._store
+        partitions = set.union(*(self._partitions[worker] for worker in workers))
+        ends = {where: end for where, end in readings.ends(self._cluster).items() if where[1] in partitions}
+        events = _missing(store, ends)
+        names = (*workers, *_SERVERS)
+        cpu, begin = self._cpu(names), time.perf_counter()
         for worker in workers:
-            while not self._cluster.is_ready(worker):
-                time.sleep(_POLL_SECONDS)
+            self._processes[worker].resume()
+        while _missing(store, ends):
+            if time.perf_counter() > begin + _SETTLE_SECONDS:
+                raise StageTimeoutError("streams", f"{' and '.join(workers)} do not come to the end of the topics")
+            time.sleep(_POLL_SECONDS)
+        seconds = time.perf_counter() - begin
+        while any(self._cluster.metrics(worker)[_BUFFERED] for worker in workers):
+            time.sleep(_POLL_SECONDS)
+        after = self._cpu(names)
+        for worker in workers:
+            self._processes[worker].suspend()
+        run = Run(events, seconds, {name: after[name] - cpu[name] for name in names})
+        say(f"{' and '.join(workers)}: {events:,} events in {seconds:.2f} s, CPU seconds {_rounded(run.cpu)}")
+        return run
 
-    def _logged(self, workers: Sequence[str]) -> float:
-        return sum(self._cluster.metrics(worker).get(_LOGGED, 0) for worker in workers)
+    def _wait_for_shares(self) -> dict[str, set[int]]:
+        """The partitions of each worker, as soon as the two have three each."""
+        limit = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            shares = {worker: self._cluster.partitions_of(worker) for worker in WORKERS}
+            if all(len(share) == PARTITIONS // 2 for share in shares.values()):
+                break
+            if time.monotonic() > limit:
+                raise StageTimeoutError("kafka", "the two workers do not share the partitions evenly")
+            time.sleep(_POLL_SECONDS)
+        for worker in (SOLO, *WORKERS):
+            self._cluster.wait_ready(worker)
+        return {SOLO: set(range(PARTITIONS)), **shares}
 
     def _cpu(self, names: Sequence[str]) -> dict[str, float]:
-        times = {name: psutil.Process(self._cluster.pid(name)).cpu_times() for name in names}
+        times = {name: self._processes[name].cpu_times() for name in names}
         return {name: float(one.user + one.system) for name, one in times.items()}
 
 
+def _missing(store: OnlineStore, ends: Mapping[tuple[int, int], int]) -> int:
+    """How many messages the markers are behind the ends."""
+    markers = store.read_markers(range(PARTITIONS))
+    return sum(end - markers[where[1]].get(where, -1) for where, end in ends.items())
+
+
 def run(plan: Plan, home: Path) -> dict[str, Any]:
-    """One and two in turns: 1 2, 2 1, 1 2 ..."""
-    ones: list[Run] = []
-    twos: list[Run] = []
+    """The rounds, after one that brings all rows into memory."""
+    solo = {
+        "HEADRACE_STREAMS__GROUP_ID": "solo",
+        "HEADRACE_FEATURES__PROJECT": _PROJECT,
+        "HEADRACE_STREAMS__EVENT_LOG_PATH": str(home / "event_log_solo"),
+    }
+    names = (SOLO, *WORKERS)
     with (
-        running_cluster(home, WORKERS, session_timeout_ms=_SESSION_MS, marker_interval_ms=50) as cluster,
+        running_cluster(
+            home, names, own={SOLO: solo}, session_timeout_ms=_SESSION_MS, marker_interval_ms=_MARKER_MS
+        ) as cluster,
         closing(cluster.store()) as store,
+        closing(OnlineStore(cluster.settings.redis, _PROJECT)) as solo_store,
     ):
-        scale = Scale(cluster, store, plan)
-        for number in range(plan.rounds):
-            turns = [(WORKERS[:1], ones), (WORKERS, twos)]
-            for workers, runs in turns if number % 2 == 0 else reversed(turns):
-                runs.append(scale.measure(workers))
-    return summary(ones, twos)
+        scale = Scale(cluster, store, solo_store)
+        try:
+            say("the first round is not counted")
+            scale.round(plan.events, one_first=True)
+            rounds = [scale.round(plan.events, one_first=number % 2 == 0) for number in range(plan.rounds)]
+        finally:
+            scale.release()
+    return summary(rounds)
 
 
-def summary(ones: Sequence[Run], twos: Sequence[Run]) -> dict[str, Any]:
-    """Medians over the rounds."""
-    one, two = (median(run.events_per_second for run in runs) for runs in (ones, twos))
-    one_cpu, two_cpu = (median(run.events_per_cpu_second for run in runs) for runs in (ones, twos))
-    share = median(max(run.shares.values()) / run.events for run in twos)
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Medians over the rounds. Microseconds are CPU time per event of the backlog."""
+    one = median(of.one.events / of.one.seconds for of in rounds)
+    both = median(of.both.events / of.both.seconds for of in rounds)
+    alone = median(of.one_again.events / of.one_again.cpu[SOLO] for of in rounds)
+    slower = median(of.one_again.events / _slower(of) for of in rounds)
+    turns = median(of.one_again.seconds / max(half.seconds for half in of.in_turn) for of in rounds)
     return {
         "one_worker_events_per_second": round(one),
-        "two_workers_events_per_second": round(two),
-        "ratio": round(two / one, 2),
-        "one_worker_events_per_cpu_second": round(one_cpu),
-        "two_workers_events_per_cpu_second": round(two_cpu),
-        "cpu_ratio": round(two_cpu / one_cpu, 2),
-        "larger_share": round(share, 3),
-        **{f"{name}_cpu_us_per_event_one": _us_per_event(ones, name) for name in _SERVERS},
-        **{f"{name}_cpu_us_per_event_two": _us_per_event(twos, name) for name in _SERVERS},
-        "worker_cpu_us_per_event_one": _us_per_event(ones, *WORKERS),
-        "worker_cpu_us_per_event_two": _us_per_event(twos, *WORKERS),
-        "events": ones[0].events,
-        "rounds": len(ones),
+        "two_workers_events_per_second": round(both),
+        "ratio": round(median(of.one.seconds / of.both.seconds for of in rounds), 2),
+        "one_worker_events_per_cpu_second": round(alone),
+        "two_workers_events_per_cpu_second": round(slower),
+        "cpu_ratio": round(median(of.one_again.cpu[SOLO] / _slower(of) for of in rounds), 2),
+        "in_turn_ratio": round(turns, 2),
+        "larger_share": round(max(half.events / of.one_again.events for of in rounds for half in of.in_turn), 3),
+        "one_worker_cpu_us": _cpu_us([of.one for of in rounds], SOLO),
+        "two_workers_cpu_us": _cpu_us([of.both for of in rounds], *WORKERS),
+        "redis_cpu_us": _cpu_us([of.both for of in rounds], "redis"),
+        "kafka_cpu_us": _cpu_us([of.both for of in rounds], "kafka"),
+        "events": rounds[0].one.events,
+        "rounds": len(rounds),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),
     }
 
 
-def _us_per_event(runs: Sequence[Run], *names: str) -> float:
-    return round(median(sum(run.cpu.get(name, 0.0) for name in names) / run.events * 1e6 for run in runs), 1)
+def _slower(of: Round) -> float:
+    """CPU seconds of the worker that needed more of them for its part."""
+    return max(half.cpu[worker] for half, worker in zip(of.in_turn, WORKERS, strict=True))
+
+
+def _cpu_us(runs: Sequence[Run], *names: str) -> float:
+    return round(median(sum(run.cpu[name] for name in names) / run.events * 1e6 for run in runs), 1)
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in seconds.items()}
 
 
 def _pin(pid: int, core: int) -> None:
@@ -226,7 +265,7 @@ def main() -> int:
     parser.add_argument("--events", type=int, help=f"events of a backlog; else {FULL.events:,}")
     parser.add_argument("--rounds", type=int, help=f"times that each is measured; else {FULL.rounds}")
     parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
-    parser.add_argument("--quick", action="store_true", help="a small backlog, once, within a minute")
+    parser.add_argument("--quick", action="store_true", help="small backlogs, twice: a rough figure")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL

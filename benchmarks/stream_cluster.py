@@ -9,11 +9,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from confluent_kafka import KafkaException
@@ -157,9 +158,16 @@ class Cluster:
 
 @contextmanager
 def running_cluster(
-    home: Path, names: Sequence[str] = ("candidate", *WORKERS), kafka: str = LOCAL, **streams: int | str
+    home: Path,
+    names: Sequence[str] = ("candidate", *WORKERS),
+    kafka: str = LOCAL,
+    own: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    **streams: int | str,
 ) -> Iterator[Cluster]:
-    """Starts Redis, Kafka and the named processes, with settings of section `streams` beside this test's defaults."""
+    """Starts Redis, Kafka and the named processes, with settings of section `streams` beside this test's defaults.
+
+    `own` holds environment variables that only one of the processes has, by its name.
+    """
     values: dict[str, int | str] = {
         "session_timeout_ms": SESSION_TIMEOUT_MS,
         "event_log_interval_ms": 1000,
@@ -174,6 +182,7 @@ def running_cluster(
             env={
                 f"HEADRACE_{name.partition('-')[0].upper()}__ADMIN_PORT": str(admin_ports[name]),
                 "HEADRACE_KAFKA__CLIENT": json.dumps({"client.id": name}),
+                **own.get(name, {}),
             },
             admin_port=admin_ports[name],
             depends_on=("redis", "kafka"),
