@@ -18,8 +18,8 @@ from headrace.v1.events_pb2 import DeadLetter, Event, Item
 pytestmark = pytest.mark.e2e
 
 
-def now():
-    return from_ms(time.time_ns() // 1_000_000)
+def now(shift_ms: int = 0):
+    return from_ms(time.time_ns() // 1_000_000 + shift_ms)
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_a_click_moves_the_state_and_then_the_vector(running) -> None:
 def test_the_same_event_twice_counts_once_also_as_json(running, producer) -> None:
     store, user_id = running.store(), f"new-{uuid4().hex}"
     topic = Topics(running.stack.settings.kafka.topic_prefix).events
-    event = Event(event_id=uuid4().hex, user_id=user_id, item_id="x", kind="click", event_time=now())
+    event = Event(event_id=uuid4().hex, user_id=user_id, item_id="x", kind="click", event_time=now(-1))
+    # A millisecond later: events of one time are in the order of their ids.
     last = Event(event_id=uuid4().hex, user_id=user_id, item_id="y", kind="view", event_time=now())
     producer.send(topic, user_id.encode(), event.SerializeToString())
     as_json = json_format.MessageToJson(event).encode()

@@ -133,7 +133,8 @@ def test_a_marked_user_gets_a_vector_of_the_states_revision_within_milliseconds(
     updater.mark({"u"})
     wait_until(lambda: house.vector("u")[2] == 4)
     assert time.monotonic() - begin < 0.5
-    assert updater.oldest_dirty_ms() == 0
+    # The first sweep may have found the user, too, and looks at the row a moment later.
+    wait_until(lambda: updater.oldest_dirty_ms() == 0)
 
 
 def test_a_burst_of_events_of_one_user_costs_few_encodings(house, service) -> None:
