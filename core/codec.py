@@ -34,6 +34,8 @@ MAX_ITEM_TIME_SECONDS = 253_402_300_799
 # An event may be this far ahead of the time at which the broker got it (clock skew), not more.
 MAX_AHEAD_MS = 86_400_000
 
+_UINT64 = 2**64 - 1
+
 Headers = Iterable[tuple[str, bytes | None]] | None
 M = TypeVar("M", bound=Message)
 
@@ -56,7 +58,9 @@ def decode(message: M, value: bytes | None, headers: Headers = None) -> M:
 
 
 def is_json(headers: Headers) -> bool:
-    return any(name == CONTENT_TYPE and (content or b"").startswith(JSON_CONTENT) for name, content in headers or ())
+    if not headers:
+        return False
+    return any(name == CONTENT_TYPE and (content or b"").startswith(JSON_CONTENT) for name, content in headers)
 
 
 def check_event(event: Event | Feedback, broker_time_ms: int | None = None) -> None:
@@ -160,6 +164,19 @@ def to_ms(time: Timestamp) -> int:
 
 def from_ms(time_ms: int) -> Timestamp:
     return Timestamp(seconds=time_ms // 1000, nanos=time_ms % 1000 * 1_000_000)
+
+
+def varint(number: int) -> bytes:
+    """Protobuf's encoding of an integer of at most 64 bits: seven bits a byte, the lowest first."""
+    if 0 <= number < 0x80:
+        return bytes((number,))
+    number &= _UINT64
+    raw = bytearray()
+    while number >= 0x80:
+        raw.append(number & 0x7F | 0x80)
+        number >>= 7
+    raw.append(number)
+    return bytes(raw)
 
 
 def _line(error: Exception) -> str:

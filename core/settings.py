@@ -24,6 +24,7 @@ _WELL_KNOWN = {"KAFKA_BOOTSTRAP_SERVERS": ("kafka", "bootstrap_servers"), "REDIS
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveMs = Annotated[float, Field(gt=0)]
+Ms = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -88,7 +89,7 @@ class StreamsSettings(_Section):
     group_protocol: Literal["cooperative-sticky", "range", "roundrobin", "consumer"]
     session_timeout_ms: Positive
     poll_max_events: Positive
-    poll_wait_ms: PositiveMs
+    poll_interval_ms: Ms
     state_cache_users: Positive
     marker_interval_ms: Positive
     encode_batch_users: Annotated[int, Field(gt=0, le=1000)]

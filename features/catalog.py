@@ -33,6 +33,8 @@ class Catalog:
 
     def __init__(self, settings: FeaturesSettings) -> None:
         self._settings = settings
+        self._clicks = [kind for kind in settings.positive_kinds if kind != "dwell"]
+        self._unknown_popularity = [(0, 0.0)] * len(settings.half_lives_seconds)
         self._row_of: dict[str, int] = {}
         self.item_ids: list[str] = []
         self.items: list[Item] = []
@@ -93,7 +95,8 @@ class Catalog:
 
     def put_stats(self, stats: ItemStats) -> int:
         """Replaces the partial sums of one (item, source partition); returns the item's row."""
-        return self.put_partial(stats.item_id, stats.source_partition, item_stats.decode(stats))
+        partial = item_stats.decode(stats, with_offsets=False)
+        return self.put_partial(stats.item_id, stats.source_partition, partial)
 
     def put_partial(self, item_id: str, source_partition: int, partial: ItemPartial) -> int:
         """`put_stats` for whoever has the sums at hand already."""
@@ -101,15 +104,13 @@ class Catalog:
         partials = self._partials.setdefault(row, {})
         partials[source_partition] = partial
         total = partial if len(partials) == 1 else item_stats.add_up(partials.values())
-        columns = self._columns
-        columns["impressions"][row] = total.kinds.get("impression", (0, 0.0))[0]
-        columns["clicks"][row] = sum(
-            total.kinds.get(kind, (0, 0.0))[0] for kind in self._settings.positive_kinds if kind != "dwell"
-        )
-        columns["log2_popularity"][row] = -np.inf
-        for index, (landmark, decayed_sum) in enumerate(total.popularity):
-            if decayed_sum > 0:
-                columns["log2_popularity"][row, index] = math.log2(decayed_sum) + landmark
+        kinds, columns = total.kinds, self._columns
+        columns["impressions"][row] = kinds["impression"][0] if "impression" in kinds else 0
+        columns["clicks"][row] = sum(kinds[kind][0] for kind in self._clicks if kind in kinds)
+        columns["log2_popularity"][row] = [
+            math.log2(decayed_sum) + landmark if decayed_sum > 0 else -math.inf
+            for landmark, decayed_sum in total.popularity or self._unknown_popularity
+        ]
         columns["stats_revision"][row] = total.revision
         self.revision += 1
         return row

@@ -4,7 +4,7 @@ Invariant: a row of a view is one Redis hash per entity in Feast's layout; views
 never share a column. Columns named `offsets` and `revision` are what the row rules compare (see stores/online.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -46,10 +46,11 @@ class View:
     meaning: str
     columns: tuple[Column, ...]
     streamed: bool = False
+    # Of the entities, in their order.
+    join_keys: tuple[str, ...] = field(init=False)
 
-    @property
-    def join_keys(self) -> tuple[str, ...]:
-        return tuple(entity.join_key for entity in self.entities)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "join_keys", tuple(entity.join_key for entity in self.entities))
 
 
 USER = Entity("user", "user_id", "A user of the product.")

@@ -8,10 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from core.settings import FeaturesSettings
-from features import decay
+from features import decay, positions
+from features.positions import Offsets
 from features.transforms import engagement_weight
-from features.windows import OTHER_KINDS, Position, UserEvent, decode_offsets
+from features.windows import OTHER_KINDS, Position, UserEvent
 from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
+
+_OFFSETS_FIELD = ItemStatsProto.OFFSETS_FIELD_NUMBER
 
 
 @dataclass(slots=True)
@@ -20,7 +23,7 @@ class ItemPartial:
 
     revision: int = 0
     watermark_ms: int = 0
-    offsets: dict[tuple[int, int], int] = field(default_factory=dict)
+    offsets: Offsets = field(default_factory=dict)
     # kind -> (count, sum of values)
     kinds: dict[str, tuple[int, float]] = field(default_factory=dict)
     # One per half-life: forward-decayed engagement (features/decay.py).
@@ -54,22 +57,26 @@ def apply(partial: ItemPartial, event: UserEvent, settings: FeaturesSettings) ->
 
 def add_up(partials: Iterable[ItemPartial]) -> ItemPartial:
     """The statistics of an item: the sum of its partials (offsets left out)."""
-    total = ItemPartial()
+    # Each replica does this for each row that is broadcast, hence on plain names.
+    revision = watermark_ms = 0
+    kinds: dict[str, tuple[int, float]] = {}
+    popularity: list[tuple[int, float]] = []
     for partial in partials:
-        total.revision += partial.revision
-        total.watermark_ms = max(total.watermark_ms, partial.watermark_ms)
-        for kind, (count, value_sum) in partial.kinds.items():
-            before = total.kinds.get(kind, (0, 0.0))
-            total.kinds[kind] = (before[0] + count, before[1] + value_sum)
-        if not total.popularity:
-            total.popularity = list(partial.popularity)
-        elif partial.popularity:
-            pairs = zip(total.popularity, partial.popularity, strict=True)
-            total.popularity = [decay.add(*ours, *theirs) for ours, theirs in pairs]
-    return total
+        revision += partial.revision
+        watermark_ms = max(watermark_ms, partial.watermark_ms)
+        for kind, counted in partial.kinds.items():
+            before = kinds.get(kind)
+            kinds[kind] = counted if before is None else (before[0] + counted[0], before[1] + counted[1])
+        if not popularity:
+            popularity = list(partial.popularity)
+        else:
+            for index, (landmark, total) in enumerate(partial.popularity):
+                popularity[index] = decay.add(*popularity[index], landmark, total)
+    return ItemPartial(revision, watermark_ms, {}, kinds, popularity)
 
 
-def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: FeaturesSettings) -> ItemStatsProto:
+def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: FeaturesSettings) -> bytes:
+    """The row as bytes (headrace.v1.ItemStats); equal sums give equal bytes."""
     proto = ItemStatsProto(
         item_id=item_id,
         source_partition=source_partition,
@@ -77,20 +84,25 @@ def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: 
         watermark_ms=partial.watermark_ms,
     )
     # Added in place, which costs half of what a message does that is then copied.
-    for (source, partition), offset in sorted(partial.offsets.items()):
-        proto.offsets.add(source=source, partition=partition, offset=offset)
     for kind, (count, value_sum) in sorted(partial.kinds.items()):
         proto.kinds.add(kind=kind, count=count, value_sum=value_sum)
     for half_life_seconds, (landmark, total) in zip(settings.half_lives_seconds, partial.popularity, strict=False):
         proto.popularity.add(half_life_ms=half_life_seconds * 1000, landmark=landmark, sum=total)
-    return proto
+    # Messages in bytes may be joined: a repeated field may stand anywhere.
+    return proto.SerializeToString() + positions.encode(partial.offsets, _OFFSETS_FIELD)
 
 
-def decode(proto: ItemStatsProto) -> ItemPartial:
+def as_message(item_id: str, source_partition: int, partial: ItemPartial, settings: FeaturesSettings) -> ItemStatsProto:
+    """What `encode` encodes."""
+    return ItemStatsProto.FromString(encode(item_id, source_partition, partial, settings))
+
+
+def decode(proto: ItemStatsProto, *, with_offsets: bool = True) -> ItemPartial:
+    """The sums; whoever only adds them up needs no offsets."""
     return ItemPartial(
-        revision=proto.revision,
-        watermark_ms=proto.watermark_ms,
-        offsets=decode_offsets(proto.offsets),
-        kinds={stats.kind: (stats.count, stats.value_sum) for stats in proto.kinds},
-        popularity=[(entry.landmark, entry.sum) for entry in proto.popularity],
+        proto.revision,
+        proto.watermark_ms,
+        positions.of_entries(proto.offsets) if with_offsets else {},
+        {stats.kind: (stats.count, stats.value_sum) for stats in proto.kinds},
+        [(entry.landmark, entry.sum) for entry in proto.popularity],
     )

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 from core.codec import to_ms
 from core.errors import MalformedEventError
 from core.settings import FeaturesSettings
-from features import decay
+from features import decay, positions
+from features.positions import Offsets
 from features.transforms import category_bucket, engagement_weight, stable_hash
-from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, SourceOffset
+from headrace.v1.events_pb2 import Event, Feedback, ImpressionList
 from headrace.v1.state_pb2 import UserState as UserStateProto
 
 ENCODING = 1
 IMPRESSION = "impression"
 OTHER_KINDS = "other"
+_OFFSETS_FIELD = UserStateProto.OFFSETS_FIELD_NUMBER
 
 
 class Position(NamedTuple):
@@ -73,7 +75,7 @@ class UserState:
     revision: int = 0
     watermark_ms: int = 0
     first_event_time_ms: int = 0
-    offsets: dict[tuple[int, int], int] = field(default_factory=dict)
+    offsets: Offsets = field(default_factory=dict)
     # The last N interactions, oldest first.
     history: list[Interaction] = field(default_factory=list)
     # (time_ms, event_hash) of the events before them, oldest first, up to the duplicate horizon.
@@ -132,7 +134,11 @@ def _remember(state: UserState, event: UserEvent, settings: FeaturesSettings) ->
         # What was merely shown is not an interaction: it takes part in the horizon alone.
         _remember_id(state, (event.time_ms, event.event_hash), settings)
         return
-    insort(state.history, Interaction(event.time_ms, event.event_hash, event.item_id, event.kind, event.value))
+    entry = Interaction(event.time_ms, event.event_hash, event.item_id, event.kind, event.value)
+    if state.history and entry < state.history[-1]:
+        insort(state.history, entry)
+    else:
+        state.history.append(entry)
     state.known.add(event.event_hash)
     if len(state.history) > settings.history_length:
         oldest = state.history.pop(0)
@@ -217,14 +223,14 @@ def encode(state: UserState) -> bytes:
         **_history_fields(state.history),
         **_horizon_fields(state.horizon),
     )
-    for (source, partition), offset in sorted(state.offsets.items()):
-        proto.offsets.add(source=source, partition=partition, offset=offset)
     for kind, (count, value_sum) in sorted(state.kinds.items()):
         proto.kind_counters.add(kind=kind, count=count, value_sum=value_sum)
+    # An event counts at every half-life, so all have the same buckets.
+    buckets = sorted(state.affinity[0][1]) if state.affinity else []
     for landmark, sums in state.affinity:
-        buckets = sorted(sums)
         proto.category_affinity.add(landmark=landmark, bucket=buckets, sum=[sums[bucket] for bucket in buckets])
-    return proto.SerializeToString(deterministic=True)
+    # Messages in bytes may be joined: a repeated field may stand anywhere.
+    return proto.SerializeToString() + positions.encode(state.offsets, _OFFSETS_FIELD)
 
 
 def _history_fields(history: list[Interaction]) -> dict[str, Any]:
@@ -274,7 +280,7 @@ def decode(blob: bytes) -> UserState:
     state.dwell_seconds = proto.dwell_seconds
     state.duplicate_count = proto.duplicate_count
     state.outside_horizon_count = proto.outside_horizon_count
-    state.offsets = decode_offsets(proto.offsets)
+    state.offsets = positions.of_entries(proto.offsets)
     names = list(proto.kind_name)
     kinds = [names[index] for index in proto.kind]
     values = [1.0] * len(kinds)
@@ -291,17 +297,6 @@ def decode(blob: bytes) -> UserState:
         (part.landmark, dict(zip(part.bucket, part.sum, strict=True))) for part in proto.category_affinity
     ]
     return state
-
-
-def encode_offsets(offsets: dict[tuple[int, int], int]) -> list[SourceOffset]:
-    return [
-        SourceOffset(source=source, partition=partition, offset=offset)
-        for (source, partition), offset in sorted(offsets.items())
-    ]
-
-
-def decode_offsets(offsets: Iterable[SourceOffset]) -> dict[tuple[int, int], int]:
-    return {(entry.source, entry.partition): entry.offset for entry in offsets}
 
 
 def _deltas(times: tuple[int, ...]) -> list[int]:

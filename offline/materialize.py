@@ -15,7 +15,7 @@ from candidate.encoder import UserEncoder
 from candidate.towers import load_towers
 from core.bundle import BATCH_SCORES, ReleaseBundle
 from core.settings import Settings
-from features import windows
+from features import positions, windows
 from features.catalog import Catalog
 from features.definitions import (
     ITEM_PROFILE,
@@ -26,12 +26,12 @@ from features.definitions import (
     USER_STATE,
     ColumnType,
 )
+from features.positions import Offsets
 from features.stores.event_log import EventLog
 from features.stores.layout import Cell, encode_cell
 from features.stores.online import ABSENT, OnlineStore, Write, read_offsets
-from features.windows import UserState, decode_offsets, encode_offsets
+from features.windows import UserState
 from headrace.v1.events_pb2 import Item, ItemStats, User
-from headrace.v1.store_pb2 import SourceOffsets
 from offline.batch_scores import read_batch_scores, store_batch_scores
 from offline.logs import read_items
 from offline.models import read_item_vectors
@@ -39,7 +39,6 @@ from offline.popularity import popularity_lists
 from offline.replay import Replay, read_entries
 from offline.reporting import Reporter
 
-Offsets = dict[tuple[int, int], int]
 _ROWS_PER_WRITE = 500
 _USERS_PER_ENCODING = 256
 # The segment of everybody, in the popularity view.
@@ -209,8 +208,7 @@ def profile_write(user: User, offsets: Offsets | None = None) -> Write:
 def _placed(write: Write, offsets: Offsets | None) -> Write:
     if not offsets:
         return write
-    value = SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
-    return replace(write, cells={**write.cells, write.guard: value})
+    return replace(write, cells={**write.cells, write.guard: positions.encode(offsets)})
 
 
 def _stats_write(stats: ItemStats) -> Write:
@@ -218,7 +216,7 @@ def _stats_write(stats: ItemStats) -> Write:
     key = (stats.item_id, str(stats.source_partition))
     if not stats.offsets:
         return Write(ITEM_STATS, key, cells)
-    return _placed(Write(ITEM_STATS, key, cells, guard="offsets"), decode_offsets(stats.offsets))
+    return _placed(Write(ITEM_STATS, key, cells, guard="offsets"), positions.of_entries(stats.offsets))
 
 
 def _popularity_write(segment: str, ranked: Sequence[tuple[str, float]], watermark_ms: int) -> Write:

@@ -19,6 +19,7 @@ from core.settings import FeaturesSettings, Settings
 from features import item_stats
 from features.definitions import ITEM_STATS
 from features.item_stats import ItemPartial
+from features.positions import Offsets
 from features.stores import erasures
 from features.stores.erasures import Erasure, Erasures
 from features.stores.event_log import EventLog, in_order, user_events
@@ -27,7 +28,7 @@ from features.stores.log_positions import SOURCE, by_source, positions
 from features.stores.online import OnlineStore
 from headrace.v1.events_pb2 import Item, ItemStats, User
 from offline.logs import open_log, read_items
-from offline.materialize import MaterializeSummary, Offsets, Origins, write_all
+from offline.materialize import MaterializeSummary, Origins, write_all
 from offline.replay import LOG_PARTITION, SHOWN_COLUMNS, Entry, Replay, Shown, shown
 from offline.reporting import Reporter
 
@@ -182,7 +183,7 @@ def _stats(replay: PlacedReplay, newest: Offsets, settings: FeaturesSettings) ->
         offsets = {where: last for where, last in newest.items() if where[1] == partition}
         for item_id, partial in sorted(partials.items()):
             partial.offsets = dict(offsets)
-            rows.append(item_stats.encode(item_id, partition, partial, settings))
+            rows.append(item_stats.as_message(item_id, partition, partial, settings))
     return rows
 
 

@@ -123,7 +123,7 @@ class Replay:
     def item_stats(self) -> Iterator[ItemStats]:
         """The statistics as messages, one per item that has any, by item_id."""
         for item_id in sorted(self.partials):
-            yield item_stats.encode(item_id, LOG_PARTITION, self.partials[item_id], self._settings)
+            yield item_stats.as_message(item_id, LOG_PARTITION, self.partials[item_id], self._settings)
 
     def _apply(self, entry: Entry) -> bool:
         event = entry if isinstance(entry, UserEvent) else entry.event

@@ -17,11 +17,10 @@ from redis.backoff import NoBackoff
 from core.deadline import Deadline
 from core.errors import StageError, StageTimeoutError
 from core.settings import RedisSettings
+from features import positions
 from features.definitions import USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE, View
 from features.stores.layout import Cell, ViewLayout, decode_cell, decode_time, row_key
-from features.windows import decode_offsets
 from headrace.v1.events_pb2 import User
-from headrace.v1.store_pb2 import SourceOffsets
 
 T = TypeVar("T")
 # Enough for every request at once; each takes a connection for one round trip.
@@ -88,7 +87,7 @@ class UserStore:
         """Source positions that the user's state includes; cheaper than the row, for waiting."""
         raw = await self._run(self._client.hget(self._key(user_id), self._offsets_field), deadline)
         cell = decode_cell(self._types[(USER_STATE.name, "offsets")], raw)
-        return decode_offsets(SourceOffsets.FromString(cell).offsets) if isinstance(cell, bytes) else {}
+        return positions.decode(cell) if isinstance(cell, bytes) else {}
 
     async def close(self) -> None:
         await self._client.aclose()

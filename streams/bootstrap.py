@@ -5,7 +5,6 @@ event log's buffers and leaves the group, in this order.
 """
 
 import asyncio
-import gc
 import tempfile
 import threading
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any
 
 from core.errors import StageError
 from core.kafka import KafkaProducer, topic_sources, wait_for_kafka
-from core.process import Process, freeze_heap
+from core.process import Process, freeze_heap, freeze_survivors
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
@@ -38,9 +37,9 @@ _log = get_logger("streams")
 
 _KAFKA_SECONDS = 1.0
 _PAUSE_SECONDS = 0.2
-# A batch makes and drops tens of thousands of objects, none of them in cycles: with the collector's default of 700
-# new objects it takes a quarter of the reader's time.
-_GC_THRESHOLD = (100_000, 20, 50)
+# A batch makes tens of thousands of objects, none of them in cycles: with the collector's default of 700 new ones it
+# takes a quarter of the reader's time. So many take it some milliseconds, in which everything stands still.
+_YOUNG_OBJECTS = 10_000
 
 
 async def serve(settings: Settings, process: Process) -> None:
@@ -61,8 +60,8 @@ async def serve(settings: Settings, process: Process) -> None:
         try:
             await app.start()
             state["problem"] = ""
-            gc.set_threshold(*_GC_THRESHOLD)
             freeze_heap()
+            freeze_survivors(_YOUNG_OBJECTS)
             await _until_stopped(process, app)
         finally:
             stopping.set()

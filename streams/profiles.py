@@ -13,14 +13,15 @@ from core import codec
 from core.clock import Clock, SystemClock
 from core.errors import MalformedEventError, StageError
 from core.telemetry import get_logger
+from features import positions
 from features.definitions import ITEM_PROFILE, View
+from features.positions import Offsets
 from features.stores import erasures
 from features.stores.erasures import Erasure, Erasures
 from features.stores.layout import Cell
 from features.stores.online import ABSENT, OnlineStore, Row, Write, read_offsets
-from features.windows import Position, encode_offsets
+from features.windows import Position
 from headrace.v1.events_pb2 import Item, User
-from headrace.v1.store_pb2 import SourceOffsets
 from streams import metrics
 from streams.processor import RawMessage
 
@@ -136,8 +137,7 @@ class ProfileProcessor:
             where, offsets = (self._sources[raw.topic], raw.partition), self._stored_offsets(row)
             if offsets.get(where, -1) < raw.offset:
                 cells = self._cells(message)
-                offset = SourceOffsets(offsets=encode_offsets({**offsets, where: raw.offset}))
-                cells[self._offsets_column] = offset.SerializeToString()
+                cells[self._offsets_column] = positions.encode({**offsets, where: raw.offset})
                 expected = row.raw.get(self._offsets_column, ABSENT)
                 writes.append(Write(self._view, (key,), cells, self._offsets_column, expected))
         done = self._store.write(writes)
@@ -170,5 +170,5 @@ class ProfileProcessor:
             return {"profile": message.SerializeToString(), "profile_segment": message.segment}
         raise TypeError(f"no row for {type(message).__name__}")
 
-    def _stored_offsets(self, row: Row) -> dict[tuple[int, int], int]:
+    def _stored_offsets(self, row: Row) -> Offsets:
         return read_offsets(row.raw.get(self._offsets_column, ABSENT))

@@ -7,6 +7,7 @@ any error of the store, and after anything unexpected, the rows in memory are dr
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ _log = get_logger("streams.reader")
 Where = tuple[str, int]
 _BACKOFF_SECONDS = (0.05, 2.0)
 _COMMIT_SECONDS = 1.0
+# How long a poll waits for a first message: markers, broadcasts and a stop wait with it.
+_IDLE_SECONDS = 0.02
 _METADATA_SECONDS = 5.0
 # What brokers take at least, as they come.
 _BROKER_SESSION_MIN_MS = 6000
@@ -81,7 +84,7 @@ class BatchReader:
         # Offsets that must be processed before the rows are as new as the marker says.
         self._targets: dict[Where, int] = {}
         self._unmarked: set[int] = set()
-        self._marker_due = self._commit_due = self._place_due = 0.0
+        self._marker_due = self._commit_due = self._place_due = self._poll_due = 0.0
         self._backoff_seconds = _BACKOFF_SECONDS[0]
         self._problem = "not started"
         # What the client said last of Kafka, for whoever asks why there is nothing to read.
@@ -161,8 +164,7 @@ class BatchReader:
             consumer.close()
 
     def _step(self, consumer: Consumer) -> None:
-        streams = self._settings.streams
-        messages = consumer.consume(streams.poll_max_events, streams.poll_wait_ms / 1000)
+        messages = self._poll(consumer)
         try:
             if messages:
                 self._handle(messages)
@@ -172,6 +174,18 @@ class BatchReader:
         except StageError as error:
             self._go_back(consumer, error)
         self._broadcast.tick()
+
+    def _poll(self, consumer: Consumer) -> list[Any]:
+        """What is there, as soon as there is something; nothing after a short wait."""
+        first = consumer.consume(1, _IDLE_SECONDS)
+        if not first:
+            return []
+        pause = self._poll_due - self._clock.monotonic()
+        if pause > 0:
+            time.sleep(pause)
+        self._poll_due = self._clock.monotonic() + self._settings.streams.poll_interval_ms / 1000
+        # Asked for many, the client would wait for the last of them.
+        return [*first, *consumer.consume(self._settings.streams.poll_max_events, 0)]
 
     def _handle(self, messages: Sequence[Any]) -> None:
         batch = self._sort_out(messages)
@@ -191,7 +205,7 @@ class BatchReader:
         self._processed.update(batch.last)
         self._unmarked.update(partition for _, partition in batch.last)
         for (topic, outcome), count in applied.outcomes.items():
-            metrics.EVENTS.labels(topic, outcome).inc(count)
+            metrics.EVENTS.labels(topic, outcome.name.lower()).inc(count)
         for raw, _ in letters:
             metrics.EVENTS.labels(raw.topic, "dead_letter").inc()
         if applied.watermark_ms:

@@ -15,14 +15,14 @@ from google.protobuf.message import DecodeError
 from core.errors import MalformedEventError, StageError
 from core.settings import FeaturesSettings
 from core.telemetry import get_logger
-from features import item_stats, windows
+from features import item_stats, positions, windows
 from features.definitions import ITEM_STATS, USER_STATE, ColumnType, View
 from features.item_stats import ItemPartial
-from features.stores.layout import Cell, decode_cell, encode_cell
-from features.stores.online import ABSENT, OnlineStore, Row, Write
-from features.windows import UserState, decode_offsets, encode_offsets
+from features.positions import Offsets
+from features.stores.layout import Cell, encode_cell
+from features.stores.online import ABSENT, OnlineStore, Row, Write, read_offsets
+from features.windows import Outcome, UserState
 from headrace.v1.events_pb2 import ItemStats
-from headrace.v1.store_pb2 import SourceOffsets
 from streams import metrics, processor
 from streams.processor import Changes, ItemKey, Received
 
@@ -33,7 +33,6 @@ _ATTEMPTS = 50
 # An item's partial sums are a few hundred bytes, a user's state a few thousand.
 _ITEMS_PER_USER = 4
 
-Offsets = dict[tuple[int, int], int]
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -59,7 +58,7 @@ class Applied:
     """What became of a batch."""
 
     # By topic and outcome.
-    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     # Users whose vector is, or may be, out of date now.
     dirty: set[str] = field(default_factory=set)
     # Statistics as the store has them, for the replicas: headrace.v1.ItemStats by item and partition.
@@ -204,7 +203,7 @@ class Rows:
                 entry = self._items[key]
                 if not processor.count(entry.value, events, self._settings):
                     continue
-                stats = item_stats.encode(*key, entry.value, self._settings).SerializeToString(deterministic=True)
+                stats = item_stats.encode(*key, entry.value, self._settings)
                 cells: dict[str, Cell] = {"stats": stats, "revision": entry.value.revision}
                 write, raw = _guarded(ITEM_STATS, (key[0], str(key[1])), entry.value.offsets, entry.raw, cells)
                 writes.append(write)
@@ -229,8 +228,7 @@ class Rows:
         for key in keys:
             partial = self._items[key].value
             if partial.revision:
-                stats = item_stats.encode(*key, partial, self._settings)
-                applied.stats[key] = stats.SerializeToString(deterministic=True)
+                applied.stats[key] = item_stats.encode(*key, partial, self._settings)
 
     def _check_beaten_items(self, keys: list[ItemKey]) -> None:
         metrics.CONFLICTS.labels(ITEM_STATS.name).inc(len(keys))
@@ -284,7 +282,7 @@ class Rows:
         applied.dirty |= changes.dirty - beaten
         for received, outcome in zip(batch, changes.outcomes, strict=True):
             if received.event.user_id not in beaten:
-                applied.outcomes[received.raw.topic, outcome.name.lower()] += 1
+                applied.outcomes[received.raw.topic, outcome] += 1
                 applied.watermark_ms = max(applied.watermark_ms, received.event.time_ms)
 
 
@@ -297,7 +295,7 @@ def _guarded(
     view: View, key: tuple[str, ...], offsets: Offsets, expected: bytes, cells: dict[str, Cell]
 ) -> tuple[Write, bytes]:
     """A write that takes effect only on the row as it was, and the raw offsets that it leaves."""
-    value = SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
+    value = positions.encode(offsets)
     cells["offsets"] = value
     return Write(view, key, cells, "offsets", expected), encode_cell(ColumnType.BYTES, value)
 
@@ -320,11 +318,6 @@ def _bytes(row: Row, name: str) -> bytes:
 
 def _check_not_older(what: str, ours: bytes, row: Row) -> None:
     """Raises RowsChangedError where the stored row misses something that this worker read or wrote before."""
-    stored = _offsets(row.raw.get("offsets", ABSENT))
-    if any(offset > stored.get(where, -1) for where, offset in _offsets(ours).items()):
+    stored = read_offsets(row.raw.get("offsets", ABSENT))
+    if any(offset > stored.get(where, -1) for where, offset in read_offsets(ours).items()):
         raise RowsChangedError(what)
-
-
-def _offsets(raw: bytes) -> Offsets:
-    value = decode_cell(ColumnType.BYTES, raw)
-    return decode_offsets(SourceOffsets.FromString(value).offsets) if isinstance(value, bytes) else {}

@@ -18,9 +18,8 @@ from core.grpc_runtime import blocking_channel
 from core.settings import Settings
 from core.telemetry import get_logger
 from features.definitions import USER_EMBEDDING, USER_STATE
-from features.stores.layout import Cell, decode_cell
-from features.stores.online import ABSENT, OnlineStore, Row, StoreChangedError, Write
-from features.windows import decode_offsets
+from features.stores.layout import Cell
+from features.stores.online import ABSENT, OnlineStore, Row, StoreChangedError, Write, read_offsets
 from headrace.v1.candidate_service_pb2 import (
     EncodedUser,
     EncodeUsersRequest,
@@ -29,7 +28,6 @@ from headrace.v1.candidate_service_pb2 import (
     UserToEncode,
 )
 from headrace.v1.candidate_service_pb2_grpc import CandidateServiceStub
-from headrace.v1.store_pb2 import SourceOffsets
 from streams import metrics
 
 _log = get_logger("streams.updater")
@@ -276,12 +274,8 @@ class EmbeddingUpdater:
 
     def _is_ours(self, state: Row) -> bool:
         """Whether this worker reads the user's partition; rows that no stream wrote are everybody's."""
-        value = decode_cell(_OFFSETS.type, state.raw.get("offsets"))
-        offsets = decode_offsets(SourceOffsets.FromString(value).offsets) if isinstance(value, bytes) else {}
+        offsets = read_offsets(state.raw.get("offsets", ABSENT))
         return not offsets or any(self._owns(partition) for _, partition in offsets)
-
-
-_OFFSETS = next(column for column in USER_STATE.columns if column.name == "offsets")
 
 
 def _is_stale(state: Row, vector: Row, version: str | None) -> bool:

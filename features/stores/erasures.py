@@ -20,15 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import StageError
-from features import windows
+from features import positions, windows
 from features.definitions import USER_PROFILE, USER_STATE
+from features.positions import Offsets
 from features.stores.layout import Cell
 from features.stores.online import ABSENT, OnlineStore, Row, Write, read_offsets
-from features.windows import Position, UserState, encode_offsets
-from headrace.v1.store_pb2 import SourceOffsets
+from features.windows import Position, UserState
 
 FOLDER = "_erased"
-Offsets = dict[tuple[int, int], int]
 _ATTEMPTS = 50
 
 
@@ -149,10 +148,10 @@ def erase_again(store: OnlineStore, erasures: Erasures) -> list[str]:
 def tombstone_writes(user_id: str, offsets: Mapping[tuple[int, int], int], profile: Offsets) -> list[Write]:
     """The row of an erased user: an empty state, and the positions that it includes."""
     state = UserState(offsets=dict(offsets))
-    cells: dict[str, Cell] = {"state": windows.encode(state), "offsets": _encoded(state.offsets)}
+    cells: dict[str, Cell] = {"state": windows.encode(state), "offsets": positions.encode(state.offsets)}
     return [
         Write(USER_STATE, (user_id,), cells, "offsets"),
-        Write(USER_PROFILE, (user_id,), {"profile_offsets": _encoded(profile)}),
+        Write(USER_PROFILE, (user_id,), {"profile_offsets": positions.encode(profile)}),
     ]
 
 
@@ -218,10 +217,6 @@ def _includes(row: Row, erasure: Erasure) -> bool:
 
 def _later(one: Offsets, other: Offsets) -> Offsets:
     return {where: max(one.get(where, -1), other.get(where, -1)) for where in {**one, **other}}
-
-
-def _encoded(offsets: Offsets) -> bytes:
-    return SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
 
 
 def _parse(raw: bytes) -> Erasure:

@@ -19,6 +19,7 @@ from core.codec import from_ms, to_ms
 from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item, User
 
 TIME = pa.timestamp("ms", tz="UTC")
+_CHUNK_ROWS = 200
 _TIMESTAMP = Timestamp.DESCRIPTOR.full_name
 _SCALARS = {
     FieldDescriptor.TYPE_STRING: pa.string(),
@@ -115,7 +116,13 @@ def to_table(table: LogTable, messages: Sequence[Message], sources: Sequence[Sou
         messages: n messages.
         sources: n places in the topics, or nothing for imported rows.
     """
-    columns = [pa.array(_column(f, messages), type=table.schema.field(name).type) for name, f in table.fields.items()]
+    values: dict[str, list[Any]] = {name: [] for name in table.fields}
+    # A few at a time: column by column, each message would have left the processor's cache before its next field.
+    for start in range(0, len(messages), _CHUNK_ROWS):
+        chunk = messages[start : start + _CHUNK_ROWS]
+        for name, f in table.fields.items():
+            values[name] += _column(f, chunk)
+    columns = [pa.array(column, type=table.schema.field(name).type) for name, column in values.items()]
     return _with_sources(table, columns, len(messages), sources, deleted=False)
 
 

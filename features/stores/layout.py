@@ -12,14 +12,13 @@ from functools import lru_cache
 import mmh3
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from core.codec import from_ms, to_ms
+from core.codec import from_ms, to_ms, varint
 from features.definitions import Column, ColumnType, View
 from headrace.v1.store_pb2 import FeatureValue, FloatList, StringList
 
 # feast.types.ValueType.STRING: every join key of ours is a string.
 _STRING = struct.pack("<I", 2)
 _LENGTH = struct.Struct("<I")
-_UINT64 = 2**64 - 1
 Cell = bytes | str | int | float | Sequence[str] | Sequence[float]
 
 
@@ -60,9 +59,9 @@ def _key_shape(join_keys: tuple[str, ...]) -> tuple[bytes, tuple[int, ...]]:
 def encode_cell(kind: ColumnType, value: Cell) -> bytes:
     """headrace.v1.FeatureValue with one value; what the stream writes by the thousand is put together by hand."""
     if isinstance(value, bytes) and kind is ColumnType.BYTES:
-        return b"\x0a" + _varint(len(value)) + value
+        return b"\x0a" + varint(len(value)) + value
     if isinstance(value, int) and kind is ColumnType.INT64:
-        return b"\x20" + _varint(value & _UINT64)
+        return b"\x20" + varint(value)
     if kind is ColumnType.STRINGS:
         cell = FeatureValue(string_list_val=StringList(val=value))  # type: ignore[arg-type]
     elif kind is ColumnType.FLOATS:
@@ -70,18 +69,6 @@ def encode_cell(kind: ColumnType, value: Cell) -> bytes:
     else:
         cell = FeatureValue(**{kind.value: value})  # type: ignore[arg-type]
     return cell.SerializeToString()
-
-
-def _varint(number: int) -> bytes:
-    """Protobuf's encoding of a number in 0..2^64-1: seven bits a byte, the lowest first."""
-    if number < 0x80:
-        return bytes((number,))
-    raw = bytearray()
-    while number >= 0x80:
-        raw.append(number & 0x7F | 0x80)
-        number >>= 7
-    raw.append(number)
-    return bytes(raw)
 
 
 def decode_cell(kind: ColumnType, raw: bytes | None) -> Cell | None:

@@ -19,10 +19,9 @@ from redis.retry import Retry
 from core.clock import Clock, SystemClock
 from core.errors import StageError
 from core.settings import RedisSettings
+from features import positions
 from features.definitions import ColumnType, View
 from features.stores.layout import Cell, ViewLayout, decode_cell, decode_time, encode_cell, encode_time, row_key
-from features.windows import decode_offsets, encode_offsets
-from headrace.v1.store_pb2 import SourceOffsets
 
 # KEYS[1] row; ARGV: guard field, bytes expected there ('' = absent), then field, value, field, value...
 _COMPARE_AND_SET = """
@@ -175,11 +174,10 @@ class OnlineStore:
         for partition in partitions:
             pipeline.get(self._marker_key(partition))
         found = self._run(pipeline.execute)
-        return [decode_offsets(SourceOffsets.FromString(raw).offsets) if raw else {} for raw in found]
+        return [positions.decode(raw or b"") for raw in found]
 
     def write_marker(self, partition: int, offsets: dict[tuple[int, int], int]) -> None:
-        value = SourceOffsets(offsets=encode_offsets(offsets)).SerializeToString()
-        self._run(lambda: self._client.set(self._marker_key(partition), value))
+        self._run(lambda: self._client.set(self._marker_key(partition), positions.encode(offsets)))
 
     def keys_of(self, view: View, batch: int = 1000) -> Iterable[str]:
         """Entity values of a single-entity view, by scanning; for sweeps and tools."""
@@ -238,7 +236,7 @@ def _row(layout: ViewLayout, names: Sequence[str], values: Sequence[bytes | None
 def read_offsets(raw: bytes) -> dict[tuple[int, int], int]:
     """The positions in the raw bytes of an offsets column; none where there are none."""
     value = decode_cell(ColumnType.BYTES, raw)
-    return decode_offsets(SourceOffsets.FromString(value).offsets) if isinstance(value, bytes) else {}
+    return positions.decode(value) if isinstance(value, bytes) else {}
 
 
 def _escape_glob(raw: bytes) -> bytes:

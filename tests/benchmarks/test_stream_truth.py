@@ -76,7 +76,7 @@ def test_every_difference_of_a_state_is_named(truth, field, value) -> None:
 
 def test_every_difference_of_a_partial_sum_is_named(truth) -> None:
     expected = truth.partials["i", 2]
-    stored = item_stats.decode(item_stats.encode("i", 2, expected, load_settings().features))
+    stored = item_stats.decode(item_stats.as_message("i", 2, expected, load_settings().features))
     assert partial_differences(stored, expected) == []
     within = [(landmark, total * (1 + 1e-12)) for landmark, total in expected.popularity]
     assert partial_differences(replace(stored, popularity=within), expected) == []

@@ -112,7 +112,7 @@ def publish_bundle(
     partials: dict[str, ItemPartial] = {}
     for event in user_events(log.events()):
         item_stats.apply(partials.setdefault(event.item_id, ItemPartial()), event, settings.features)
-    stats = [item_stats.encode(item_id, -1, partial, settings.features) for item_id, partial in partials.items()]
+    stats = [item_stats.as_message(item_id, -1, partial, settings.features) for item_id, partial in partials.items()]
     write_delimited(staged / names.ITEM_STATS, stats)
     embedding_version = trained.towers.embedding_version
     index = ItemIndex.build(trained.item_vectors, np.arange(len(items)), 1000, embedding_version)

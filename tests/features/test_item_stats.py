@@ -42,7 +42,7 @@ def test_a_partial_survives_its_encoding(stream) -> None:
     partial = ItemPartial()
     for offset, event in enumerate(stream):
         item_stats.apply(partial, event._replace(position=Position(3, 1, offset)), FEATURES)
-    assert item_stats.decode(item_stats.encode("a", 1, partial, FEATURES)) == partial
+    assert item_stats.decode(item_stats.as_message("a", 1, partial, FEATURES)) == partial
 
 
 def test_a_position_that_is_included_is_a_replay() -> None:

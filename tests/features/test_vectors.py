@@ -91,7 +91,7 @@ def test_statistics_decay_with_the_time_of_the_request() -> None:
     partial = ItemPartial()
     for n in range(50):
         item_stats.apply(partial, UserEvent("u", n, "a", "click", NOW_MS - HOUR_MS), FEATURES)
-    catalog.put_stats(item_stats.encode("a", 0, partial, FEATURES))
+    catalog.put_stats(item_stats.as_message("a", 0, partial, FEATURES))
     now = inputs(UserState(), catalog, ["a"])
     assert column(now, "log_clicks")[0] == np.float32(np.log1p(50))
     short, long = column(now, "log_popularity_short")[0], column(now, "log_popularity_long")[0]
@@ -104,7 +104,7 @@ def test_partials_of_two_partitions_are_added_up_in_the_catalogue() -> None:
     for partition in (0, 1, 1):
         partial = ItemPartial()
         item_stats.apply(partial, UserEvent("u", 1, "a", "click", NOW_MS), FEATURES)
-        catalog.put_stats(item_stats.encode("a", partition, partial, FEATURES))
+        catalog.put_stats(item_stats.as_message("a", partition, partial, FEATURES))
     assert catalog.column("clicks").tolist() == [2]
 
 
@@ -120,7 +120,7 @@ def test_a_removed_item_keeps_its_row_and_is_not_servable() -> None:
 
 def test_an_item_known_from_statistics_alone_is_not_servable() -> None:
     catalog = Catalog(FEATURES)
-    catalog.put_stats(item_stats.encode("ghost", 0, ItemPartial(), FEATURES))
+    catalog.put_stats(item_stats.as_message("ghost", 0, ItemPartial(), FEATURES))
     assert catalog.servable(NOW_MS).tolist() == [False]
 
 

@@ -8,16 +8,15 @@ from typer.testing import CliRunner
 from core.codec import from_ms
 from core.kafka import topic_sources
 from core.topics import Topics
-from features import windows
+from features import positions, windows
 from features.definitions import ITEM_STATS, USER_EMBEDDING, USER_PROFILE, USER_STATE
 from features.item_stats import decode
 from features.stores.erasures import Erasure, Erasures
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, ITEMS, USERS, Source, to_table
 from features.stores.online import OnlineStore, Write, read_offsets
-from features.windows import Position, encode_offsets
+from features.windows import Position
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item, ItemStats, User
-from headrace.v1.store_pb2 import SourceOffsets
 from offline.cli import app
 from offline.rebuild import rebuild
 
@@ -172,7 +171,7 @@ def test_rows_that_include_more_than_the_log_stay(house) -> None:
     (row,) = store.read(USER_STATE, [("u0",)])
     state = windows.decode(row.cells["state"])
     state.offsets = {where: offset + 100 for where, offset in state.offsets.items()}
-    offsets = SourceOffsets(offsets=encode_offsets(state.offsets)).SerializeToString()
+    offsets = positions.encode(state.offsets)
     store.write([Write(USER_STATE, ("u0",), {"state": windows.encode(state), "offsets": offsets, "revision": 77})])
     summary = run(house)
     assert summary.left_to_stream == 1

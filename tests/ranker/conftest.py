@@ -47,7 +47,7 @@ def some_stats(number: int, settings: Settings) -> ItemStats:
     for count in range(number % 7):
         event = UserEvent("u", count, f"item-{number}", "click", T0_MS + count)
         item_stats.apply(partial, event, settings.features)
-    return item_stats.encode(f"item-{number}", -1, partial, settings.features)
+    return item_stats.as_message(f"item-{number}", -1, partial, settings.features)
 
 
 def some_vectors() -> np.ndarray:

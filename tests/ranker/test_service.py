@@ -347,7 +347,7 @@ def test_news_of_the_topics_reach_the_catalogue(make_bundle: MakeBundle, registr
     clicks = catalog.column("clicks")[catalog.row("item-0")]
     partial = ItemPartial()
     item_stats.apply(partial, UserEvent("u", 1, "item-0", "click", T0_MS), registry_settings.features)
-    message = item_stats.encode("item-0", 2, partial, registry_settings.features)
+    message = item_stats.as_message("item-0", 2, partial, registry_settings.features)
 
     def record(topic: str, key: str, value: bytes | None) -> Record:
         return Record(topic, key.encode(), value, None, 0, 0)

@@ -26,7 +26,7 @@ from core.grpc_runtime import GrpcServer, channel
 from core.process import Process
 from core.settings import load_settings
 from core.topics import Topics
-from features import item_stats, windows
+from features import item_stats, positions, windows
 from features.definitions import USER_BATCH_SCORES, USER_PROFILE, USER_STATE
 from features.stores.online import OnlineStore, Write
 from features.windows import UserEvent
@@ -37,7 +37,6 @@ from headrace.v1 import ranker_service_pb2 as ranker_pb
 from headrace.v1 import ranker_service_pb2_grpc as ranker_grpc
 from headrace.v1 import recommender_service_pb2_grpc as recommender_grpc
 from headrace.v1.events_pb2 import Event, Item, User
-from headrace.v1.store_pb2 import SourceOffsets
 from serving.bootstrap import front_door
 
 ITEM_COUNT = 200
@@ -78,7 +77,7 @@ def write_bundle(registry, features, version="v1", *, rules=None, popularity=Non
         for k in range(100 - n):
             event = UserEvent(f"u{k}", n * 1000 + k, item_id(n), "click", now_ms() - 3_600_000)
             item_stats.apply(partial, event, features)
-        stats.append(item_stats.encode(item_id(n), -1, partial, features))
+        stats.append(item_stats.as_message(item_id(n), -1, partial, features))
     write_delimited(staged / bundles.ITEM_STATS, stats)
     segments = {"anglers": [[item_id(50), 3.0], [item_id(51), 2.0]]}
     lists = popularity or {"all": [[item_id(n), 100.0 - n] for n in range(100)], "segments": segments}
@@ -192,7 +191,7 @@ class House:
         state.offsets.update(offsets or {})
         cells = {
             "state": windows.encode(state),
-            "offsets": SourceOffsets(offsets=windows.encode_offsets(state.offsets)).SerializeToString(),
+            "offsets": positions.encode(state.offsets),
             "revision": state.revision,
             "watermark_ms": state.watermark_ms,
         }

@@ -31,7 +31,7 @@ def like(catalog, item_id, times, time_ms=YEARS_AGO_MS) -> None:
     partial = item_stats.ItemPartial()
     for n in range(times):
         item_stats.apply(partial, UserEvent("u", n, item_id, "click", time_ms), FEATURES)
-    catalog.put_stats(item_stats.encode(item_id, 0, partial, FEATURES))
+    catalog.put_stats(item_stats.as_message(item_id, 0, partial, FEATURES))
 
 
 def order(lists) -> list[int]:

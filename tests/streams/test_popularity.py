@@ -34,7 +34,7 @@ def stats(item_id: str, clicks: int, partition: int = 0) -> Record:
     features, partial = load_settings().features, ItemPartial()
     for number in range(clicks):
         item_stats.apply(partial, UserEvent("u", number, item_id, "click", THEN_MS + number), features)
-    value = item_stats.encode(item_id, partition, partial, features).SerializeToString()
+    value = item_stats.encode(item_id, partition, partial, features)
     return Record(TOPICS.item_stats, item_stats_key(item_id, partition), value, None, 0, 0)
 
 

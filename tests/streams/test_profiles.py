@@ -3,12 +3,11 @@
 import pytest
 
 from core.settings import load_settings
-from features import windows
+from features import positions, windows
 from features.definitions import ITEM_PROFILE, USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE
 from features.stores.online import OnlineStore, Write, read_offsets
-from features.windows import UserState, encode_offsets
+from features.windows import UserState
 from headrace.v1.events_pb2 import Item, User
-from headrace.v1.store_pb2 import SourceOffsets
 from streams.processor import RawMessage
 from streams.profiles import Erasing, ProfileProcessor
 
@@ -80,7 +79,7 @@ def test_a_user_tombstone_removes_all_that_is_kept_of_the_user(store) -> None:
     users = ProfileProcessor(USER_PROFILE, store, SOURCES, erasing(erased))
     play(users, user(0, "u", "anglers"))
     old = UserState(revision=3, offsets={(21, 0): 7, (22, 0): 9})
-    offsets = SourceOffsets(offsets=encode_offsets(old.offsets)).SerializeToString()
+    offsets = positions.encode(old.offsets)
     store.write([Write(USER_STATE, ("u",), {"state": windows.encode(old), "offsets": offsets, "revision": 3})])
     store.write([Write(USER_EMBEDDING, ("u",), {"vector": [1.0], "embedding_revision": 3})])
     store.write([Write(USER_BATCH_SCORES, ("u",), {"batch_item_ids": ["i"]})])

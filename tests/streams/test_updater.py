@@ -8,13 +8,12 @@ import grpc
 import pytest
 
 from core.settings import load_settings
-from features import windows
+from features import positions, windows
 from features.definitions import USER_EMBEDDING, USER_STATE
 from features.stores.online import OnlineStore, Write
 from features.windows import UserState
 from headrace.v1 import candidate_service_pb2 as pb
 from headrace.v1.candidate_service_pb2_grpc import CandidateServiceServicer, add_CandidateServiceServicer_to_server
-from headrace.v1.store_pb2 import SourceOffsets
 from streams.updater import EmbeddingUpdater
 
 
@@ -108,7 +107,7 @@ def house(shared_redis, service, request):
             state = UserState(revision=revision, offsets=offsets)
             cells = {"state": windows.encode(state), "revision": revision}
             if partition is not None:
-                cells["offsets"] = SourceOffsets(offsets=windows.encode_offsets(offsets)).SerializeToString()
+                cells["offsets"] = positions.encode(offsets)
             self.store.write([Write(USER_STATE, (user_id,), cells) for user_id in users])
 
         def vector(self, user_id: str):
