@@ -88,7 +88,7 @@ def freeze_survivors(young_objects: int) -> None:
     reference counts from then on. Python's own way walks what it has kept again and again, up to a second at a time.
     """
 
-    def freeze(phase: str, info: Mapping[str, int]) -> None:
+    def freeze(phase: str, _: Mapping[str, int]) -> None:
         if phase == "stop":
             gc.freeze()
 
