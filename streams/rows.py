@@ -121,12 +121,15 @@ class Rows:
             if not batch:
                 self._shrink()
                 return applied
-            states = {received.event.user_id: self._users[received.event.user_id].value for received in batch}
+            users = {received.event.user_id for received in batch}
+            states = {user_id: self._users[user_id].value for user_id in users}
             changes = processor.apply(batch, states, self._settings)
             self._write_items(changes, applied)
             self._tell_items_again(changes.replayed_items - applied.stats.keys(), applied)
             beaten = self._write_users(changes)
             self._tell(batch, changes, beaten, applied)
+            newest = max((states[user_id].watermark_ms for user_id in changes.users - beaten), default=0)
+            applied.watermark_ms = max(applied.watermark_ms, newest)
             batch = [received for received in batch if received.event.user_id in beaten]
         raise StageError("redis", f"rows of {len(batch)} events were changed by others {_ATTEMPTS} times; going back")
 
@@ -280,10 +283,10 @@ class Rows:
     @staticmethod
     def _tell(batch: Sequence[Received], changes: Changes, beaten: set[str], applied: Applied) -> None:
         applied.dirty |= changes.dirty - beaten
-        for received, outcome in zip(batch, changes.outcomes, strict=True):
-            if received.event.user_id not in beaten:
-                applied.outcomes[received.raw.topic, outcome] += 1
-                applied.watermark_ms = max(applied.watermark_ms, received.event.time_ms)
+        kept: Iterable[tuple[Received, Outcome]] = zip(batch, changes.outcomes, strict=True)
+        if beaten:
+            kept = [pair for pair in kept if pair[0].event.user_id not in beaten]
+        applied.outcomes.update((received.raw.topic, outcome) for received, outcome in kept)
 
 
 def _drop_from(cache: OrderedDict[K, _Entry[V]], partitions: set[int]) -> None:

@@ -6,7 +6,7 @@ older of the marker and `open()`'s position; a full buffer makes `add` wait, so 
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -48,16 +48,17 @@ class _Buffer:
     size_bytes: int = 0
     since: float = 0.0
 
-    def put(self, rows: Iterable[Row]) -> None:
-        """Takes those of the rows that it has not had."""
-        for row in rows:
-            if row[1].offset > self.taken:
-                self.rows.append(row)
-                self.size_bytes += _size(row)
+    def put(self, rows: Sequence[Row]) -> None:
+        """Takes those of the rows (in order of offsets) that it has not had."""
+        if rows and rows[0][1].offset <= self.taken:
+            rows = [row for row in rows if row[1].offset > self.taken]
+        self.rows += rows
+        self.size_bytes += sum(map(_size, rows))
 
     def drop(self, last: int) -> None:
         """Forgets the rows up to an offset."""
-        self.rows = [row for row in self.rows if row[1].offset > last]
+        kept = [] if not self.rows or self.rows[-1][1].offset <= last else self.rows
+        self.rows = [row for row in kept if row[1].offset > last]
         self.size_bytes = sum(map(_size, self.rows))
 
 
@@ -215,13 +216,13 @@ def tables_of(topics: Topics) -> dict[str, LogTable]:
 
 
 def _table(table: LogTable, rows: Sequence[Row]) -> pa.Table:
-    kept = [(message, raw) for message, raw in rows if message is not None]
+    messages = [message for message, _ in rows if message is not None]
+    if len(messages) == len(rows):
+        return event_rows.to_table(table, messages, [_source(raw) for _, raw in rows])
+    kept = [_source(raw) for message, raw in rows if message is not None]
     gone = [raw for message, raw in rows if message is None]
-    upserts = event_rows.to_table(table, [message for message, _ in kept], [_source(raw) for _, raw in kept])
-    if not gone:
-        return upserts
-    keys = [(raw.key or b"").decode() for raw in gone]
-    return pa.concat_tables([upserts, event_rows.deletions(table, keys, [_source(raw) for raw in gone])])
+    deletions = event_rows.deletions(table, [(raw.key or b"").decode() for raw in gone], list(map(_source, gone)))
+    return pa.concat_tables([event_rows.to_table(table, messages, kept), deletions])
 
 
 def _size(row: Row) -> int:
@@ -229,4 +230,5 @@ def _size(row: Row) -> int:
 
 
 def _source(raw: RawMessage) -> Source:
-    return Source(raw.topic, raw.partition, raw.offset, raw.time_ms or None)
+    topic, partition, offset, _, _, _, time_ms = raw
+    return Source(topic, partition, offset, time_ms or None)

@@ -8,6 +8,7 @@ the identity, field presence included (absent = null), times to the millisecond 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item, User
 
 TIME = pa.timestamp("ms", tz="UTC")
 _CHUNK_ROWS = 200
+_NOTHING: list[Any] = []
 _TIMESTAMP = Timestamp.DESCRIPTOR.full_name
 _SCALARS = {
     FieldDescriptor.TYPE_STRING: pa.string(),
@@ -177,9 +179,9 @@ def _nullable(f: FieldDescriptor) -> bool:
 def _column(f: FieldDescriptor, messages: Sequence[Message]) -> list[Any]:
     """One field of all messages, as what pyarrow takes."""
     name, convert = f.name, _value_writer(f)
-    values = [getattr(message, name) for message in messages]
+    values = list(map(attrgetter(name), messages))
     if convert is not None:
-        values = [convert(value) for value in values]
+        values = list(map(convert, values))
     if _nullable(f):
         return [value if message.HasField(name) else None for message, value in zip(messages, values, strict=True)]
     return values
@@ -192,7 +194,9 @@ def _value_writer(f: FieldDescriptor) -> Callable[[Any], Any] | None:
     if message.GetOptions().map_entry:
         inner = _value_writer(message.fields_by_name["value"])
         # Sorted, so that equal messages give equal files.
-        return lambda value: [(key, inner(value[key]) if inner else value[key]) for key in sorted(value)]
+        return lambda value: (
+            [(key, inner(value[key]) if inner else value[key]) for key in sorted(value)] if value else _NOTHING
+        )
     if message.full_name == _TIMESTAMP:
         return to_ms
     parts = [(part.name, _value_writer(part)) for part in message.fields]
