@@ -2,20 +2,23 @@
 
 One worker reads events from a real Kafka and writes a real Redis and the event log, all on this machine: CPU time per
 event (which other load on shared cores inflates), beside bare consumers of the same topic; then, with the candidate
-service, how long users wait for their vectors. Figures: benchmarks/streams.md. Invariant: CPU is that of the whole
-process, from the first event sent until markers and event log have the last one.
+service, how long users wait for their vectors. Each load is sent several times, to a worker that has just started, and
+medians are told. Figures: benchmarks/streams.md. Invariant: CPU is that of the whole process, from the first event
+sent until markers and event log have the last one.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +55,12 @@ class Plan:
     embedding_seconds: int
     # The first and the last so many seconds are compared.
     window_seconds: int
+    # How often each load is measured.
+    rounds: int = 3
 
 
 FULL = Plan(200_000, users=50_000, embedding_seconds=60, window_seconds=10)
-QUICK = Plan(15_000, users=4000, embedding_seconds=6, window_seconds=2)
+QUICK = Plan(15_000, users=4000, embedding_seconds=6, window_seconds=2, rounds=1)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,11 @@ class Cost:
     redis_us: float
     kafka_us: float
     events_per_second: float
+
+    @classmethod
+    def median(cls, costs: "Sequence[Cost]") -> "Cost":
+        """Of each figure by itself."""
+        return cls(*(statistics.median(figures) for figures in zip(*map(astuple, costs), strict=True)))
 
 
 def train_serving_bundle(home: Path) -> None:
@@ -83,8 +93,15 @@ def run(plan: Plan, home: Path) -> dict[str, Any]:
         closing(cluster.store()) as store,
     ):
         cluster.stop("candidate")
-        zipf = _cost(cluster, store, PlainConfig(plan.events, plan.users, _ZIPF, name="zipf"))
-        uniform = _cost(cluster, store, PlainConfig(plan.events, plan.users, 0.0, name="uniform"))
+        rounds = [
+            [
+                _cost(cluster, store, PlainConfig(plan.events, plan.users, zipf, name=f"{name}-{number}", seed=number))
+                for name, zipf in (("zipf", _ZIPF), ("uniform", 0.0))
+            ]
+            for number in range(plan.rounds)
+        ]
+        zipf, uniform = (Cost.median(costs) for costs in zip(*rounds, strict=True))
+        warm = _cost(cluster, store, PlainConfig(plan.events, plan.users, _ZIPF, name="warm"), fresh=False)
         cluster.stop(WORKER)
         bare = {which: _bare(cluster, which, plan.events) for which in ("faust", "batch")}
         cluster.start("candidate")
@@ -104,14 +121,20 @@ def run(plan: Plan, home: Path) -> dict[str, Any]:
         "kafka_cpu_us_per_event": round(zipf.kafka_us, 1),
         "bare_faust_cpu_us_per_event": bare["faust"]["cpu_us_per_event"],
         "bare_consumer_cpu_us_per_event": bare["batch"]["cpu_us_per_event"],
+        "warm_cpu_us_per_event": round(warm.worker_us, 1),
+        "cpu_us_per_event_rounds": [round(costs[0].worker_us, 1) for costs in rounds],
+        "uniform_cpu_us_per_event_rounds": [round(costs[1].worker_us, 1) for costs in rounds],
         "events": plan.events,
         "load_average": round(os.getloadavg()[0], 1),
     }
 
 
-def _cost(cluster: Cluster, store: OnlineStore, config: PlainConfig) -> Cost:
+def _cost(cluster: Cluster, store: OnlineStore, config: PlainConfig, *, fresh: bool = True) -> Cost:
     """Sends a load as fast as Kafka takes it, and waits until the worker has done everything about it."""
     say(f"{config.events:,} events over {config.users:,} users, Zipf {config.zipf}")
+    if fresh:
+        cluster.stop(WORKER)
+        cluster.start(WORKER)
     cluster.wait_ready(WORKER)
     events = plain_events(config, int(time.time() * 1000), 0.1)
     logged = cluster.metrics(WORKER).get(_LOGGED, 0) + config.events
@@ -192,7 +215,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     table.add_column("what")
     table.add_column("figure", justify="right")
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,}")
+        table.add_row(name.replace("_", " "), str(value) if isinstance(value, list) else f"{value:,}")
     console.print(table)
 
 
@@ -205,7 +228,7 @@ def main() -> int:
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
     if arguments.events is not None:
-        plan = Plan(arguments.events, plan.users, plan.embedding_seconds, plan.window_seconds)
+        plan = replace(plan, events=arguments.events)
     try:
         with tempfile.TemporaryDirectory(prefix="headrace-ingest-") as scratch:
             result = run(plan, arguments.work or Path(scratch))

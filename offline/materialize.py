@@ -7,7 +7,7 @@ the stream's own, so events of the log must not be streamed as well.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -181,7 +181,7 @@ class _Writer:
             ours = read_offsets(encode_cell(ColumnType.BYTES, row.cells[guard]))
             if all(offset <= ours.get(where, -1) for where, offset in read_offsets(raw).items()):
                 expected[row.key] = raw
-        return [replace(row, expected=expected.get(row.key, row.expected)) for row in batch]
+        return [row._replace(expected=expected.get(row.key, row.expected)) for row in batch]
 
 
 def state_write(user_id: str, state: UserState, offsets: Offsets | None = None) -> Write:
@@ -208,7 +208,7 @@ def profile_write(user: User, offsets: Offsets | None = None) -> Write:
 def _placed(write: Write, offsets: Offsets | None) -> Write:
     if not offsets:
         return write
-    return replace(write, cells={**write.cells, write.guard: positions.encode(offsets)})
+    return write._replace(cells={**write.cells, write.guard: positions.encode(offsets)})
 
 
 def _stats_write(stats: ItemStats) -> Write:

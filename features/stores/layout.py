@@ -18,6 +18,7 @@ from headrace.v1.store_pb2 import FeatureValue, FloatList, StringList
 
 # feast.types.ValueType.STRING: every join key of ours is a string.
 _STRING = struct.pack("<I", 2)
+_BYTES, _INT64 = ColumnType.BYTES, ColumnType.INT64
 _LENGTH = struct.Struct("<I")
 Cell = bytes | str | int | float | Sequence[str] | Sequence[float]
 
@@ -58,9 +59,9 @@ def _key_shape(join_keys: tuple[str, ...]) -> tuple[bytes, tuple[int, ...]]:
 
 def encode_cell(kind: ColumnType, value: Cell) -> bytes:
     """headrace.v1.FeatureValue with one value; what the stream writes by the thousand is put together by hand."""
-    if isinstance(value, bytes) and kind is ColumnType.BYTES:
+    if kind is _BYTES and isinstance(value, bytes):
         return b"\x0a" + varint(len(value)) + value
-    if isinstance(value, int) and kind is ColumnType.INT64:
+    if kind is _INT64 and isinstance(value, int):
         return b"\x20" + varint(value)
     if kind is ColumnType.STRINGS:
         cell = FeatureValue(string_list_val=StringList(val=value))  # type: ignore[arg-type]
