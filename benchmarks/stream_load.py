@@ -26,6 +26,7 @@ _STEP_MS = 20
 _DUPLICATE_REACH = 2000
 _JSON_SHARE = 0.2
 _SHOWN_ITEMS = 6
+_SEGMENTS = ("", "anglers", "campers")
 # Order is kept within a topic only. Users with feedback and impressions stay below the duplicate horizon, where the
 # order of topics makes no difference; the busiest users, far beyond it, have events alone.
 _MIXED_EVENTS_MAX = 100
@@ -127,6 +128,7 @@ class StreamLoad:
         message.event_id, message.user_id, message.item_id, message.kind = event_id, user_id, item.item_id, kind
         message.event_time.CopyFrom(from_ms(time_ms))
         message.categories.extend(item.categories)
+        message.segment = _SEGMENTS[user % len(_SEGMENTS)]
         if kind in _VALUED:
             message.value = round(draw.uniform(0.5, 60.0), 3)
         if draw.random() < 0.2:

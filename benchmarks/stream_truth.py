@@ -113,6 +113,11 @@ def partial_differences(stored: ItemPartial, expected: ItemPartial) -> list[str]
         for (landmark, total), (other, other_total) in zip(stored.popularity, expected.popularity, strict=False)
     ):
         differences.append("popularity")
+    if stored.segments.keys() != expected.segments.keys() or not all(
+        landmark == expected.segments[name][0] and _close(total, expected.segments[name][1])
+        for name, (landmark, total) in stored.segments.items()
+    ):
+        differences.append("segments")
     return differences
 
 

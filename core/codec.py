@@ -44,8 +44,7 @@ def decode(message: M, value: bytes | None, headers: Headers = None) -> M:
     """Parses `value` into `message` (empty, of the topic's type) and returns it."""
     if value is None:
         raise MalformedEventError("value", "empty; a tombstone is allowed on the items and users topics only")
-    if len(value) > MAX_VALUE_BYTES:
-        raise MalformedEventError("value", f"{len(value)} bytes, the limit is {MAX_VALUE_BYTES}")
+    check_size(len(value))
     try:
         if is_json(headers):
             json_format.Parse(value, message, ignore_unknown_fields=True)
@@ -55,6 +54,11 @@ def decode(message: M, value: bytes | None, headers: Headers = None) -> M:
         kind = "JSON" if is_json(headers) else "protobuf"
         raise MalformedEventError("value", f"not {kind} of {type(message).__name__}: {_line(error)}") from error
     return message
+
+
+def check_size(size_bytes: int) -> None:
+    if size_bytes > MAX_VALUE_BYTES:
+        raise MalformedEventError("value", f"{size_bytes} bytes, the limit is {MAX_VALUE_BYTES}")
 
 
 def is_json(headers: Headers) -> bool:
@@ -69,6 +73,8 @@ def check_event(event: Event | Feedback, broker_time_ms: int | None = None) -> N
     check_id("user_id", event.user_id)
     check_id("item_id", event.item_id)
     check_kind(event.kind)
+    if len(event.segment) > MAX_KIND_CHARS:
+        raise MalformedEventError("segment", f"at most {MAX_KIND_CHARS} characters")
     check_time("event_time", event.HasField("event_time"), event.event_time, broker_time_ms)
     if event.HasField("value") and not abs(event.value) <= MAX_NUMBER:
         raise MalformedEventError("value", f"must be a number within {MAX_NUMBER:g}")

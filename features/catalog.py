@@ -39,6 +39,8 @@ class Catalog:
         self.item_ids: list[str] = []
         self.items: list[Item] = []
         self._partials: dict[int, dict[int, ItemPartial]] = {}
+        # segment -> row -> log2 of the decayed sum of its users, as column log2_popularity.
+        self._segments: dict[str, dict[int, float]] = {}
         # Goes up with every change; caches of derived arrays compare it.
         self.revision = 0
         self._columns: dict[str, npt.NDArray[Any]] = {}
@@ -111,6 +113,9 @@ class Catalog:
             math.log2(decayed_sum) + landmark if decayed_sum > 0 else -math.inf
             for landmark, decayed_sum in total.popularity or self._unknown_popularity
         ]
+        for segment, (landmark, decayed_sum) in total.segments.items():
+            if decayed_sum > 0:
+                self._segments.setdefault(segment, {})[row] = math.log2(decayed_sum) + landmark
         columns["stats_revision"][row] = total.revision
         self.revision += 1
         return row
@@ -127,9 +132,25 @@ class Catalog:
 
     def popularity(self, now_ms: int, half_life_index: int = -1) -> Floats:
         """Decayed engagement of every item as of `now_ms`. Shape [n]."""
-        half_life_ms = self._settings.half_lives_seconds[half_life_index] * 1000
-        exponent = self.column("log2_popularity")[:, half_life_index] - now_ms / half_life_ms
+        return self.decayed(self.column("log2_popularity")[:, half_life_index], now_ms, half_life_index)
+
+    def decayed(self, log2: npt.NDArray[np.float64], now_ms: int, half_life_index: int = -1) -> Floats:
+        """Values as of `now_ms` from what `log2_popularity` holds. Same shape."""
+        exponent = log2 - now_ms / (self._settings.half_lives_seconds[half_life_index] * 1000)
         return np.exp2(np.clip(exponent, -1000, 100)).astype(np.float32)
+
+    def segments(self) -> list[str]:
+        """Segments of users by whose events items are counted apart."""
+        return sorted(self._segments)
+
+    def segment_popularity(self, segment: str) -> tuple[Rows, npt.NDArray[np.float64]]:
+        """Items that a segment's users liked, best first: their rows, and log2 of their sums as `log2_popularity`."""
+        # One step of the interpreter: the writer may be adding.
+        liked = self._segments.get(segment, {}).copy()
+        rows = np.fromiter(liked, np.int32, len(liked))
+        log2 = np.fromiter(liked.values(), np.float64, len(liked))
+        order = np.lexsort((rows, -log2))
+        return rows[order], log2[order]
 
     def servable(self, now_ms: int) -> npt.NDArray[np.bool_]:
         """Which items may be recommended at `now_ms`: available, published, not expired. Shape [n]."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from core.settings import FeaturesSettings
 from features import decay, positions
 from features.positions import Offsets
-from features.transforms import engagement_weight
+from features.transforms import engagement_weight, stable_hash
 from features.windows import OTHER_KINDS, Position, UserEvent
 from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
 
+# Of one row; segments are few, and who invents one for each event must not make rows grow without end.
+SEGMENTS_MAX = 64
 _OFFSETS_FIELD = ItemStatsProto.OFFSETS_FIELD_NUMBER
 
 
@@ -28,6 +30,8 @@ class ItemPartial:
     kinds: dict[str, tuple[int, float]] = field(default_factory=dict)
     # One per half-life: forward-decayed engagement (features/decay.py).
     popularity: list[tuple[int, float]] = field(default_factory=list)
+    # segment -> the same by the longest half-life; of SEGMENTS_MAX segments at most.
+    segments: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 def is_replay(partial: ItemPartial, position: Position | None) -> bool:
@@ -53,6 +57,19 @@ def apply(partial: ItemPartial, event: UserEvent, settings: FeaturesSettings) ->
     for index, half_life_seconds in enumerate(settings.half_lives_seconds):
         landmark, growth = decay.landmark_weight(event.time_ms, half_life_seconds * 1000)
         partial.popularity[index] = decay.add(*partial.popularity[index], landmark, weight * growth)
+    if event.segment:
+        _count_segment(partial.segments, event.segment, landmark, weight * growth)
+
+
+def _count_segment(segments: dict[str, tuple[int, float]], name: str, landmark: int, gain: float) -> None:
+    """Counts an event of a segment; of too many segments those of the lowest hashes stay.
+
+    A segment that stays was never among those to go, whatever came before it, so its sum is whole and the order of
+    events makes no difference.
+    """
+    segments[name] = decay.add(*segments.get(name, (0, 0.0)), landmark, gain)
+    if len(segments) > SEGMENTS_MAX:
+        del segments[max(segments, key=stable_hash)]
 
 
 def add_up(partials: Iterable[ItemPartial]) -> ItemPartial:
@@ -61,6 +78,7 @@ def add_up(partials: Iterable[ItemPartial]) -> ItemPartial:
     revision = watermark_ms = 0
     kinds: dict[str, tuple[int, float]] = {}
     popularity: list[tuple[int, float]] = []
+    segments: dict[str, tuple[int, float]] = {}
     for partial in partials:
         revision += partial.revision
         watermark_ms = max(watermark_ms, partial.watermark_ms)
@@ -72,7 +90,9 @@ def add_up(partials: Iterable[ItemPartial]) -> ItemPartial:
         else:
             for index, (landmark, total) in enumerate(partial.popularity):
                 popularity[index] = decay.add(*popularity[index], landmark, total)
-    return ItemPartial(revision, watermark_ms, {}, kinds, popularity)
+        for name, summed in partial.segments.items():
+            segments[name] = decay.add(*segments[name], *summed) if name in segments else summed
+    return ItemPartial(revision, watermark_ms, {}, kinds, popularity, segments)
 
 
 def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: FeaturesSettings) -> bytes:
@@ -88,6 +108,8 @@ def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: 
         proto.kinds.add(kind=kind, count=count, value_sum=value_sum)
     for half_life_seconds, (landmark, total) in zip(settings.half_lives_seconds, partial.popularity, strict=False):
         proto.popularity.add(half_life_ms=half_life_seconds * 1000, landmark=landmark, sum=total)
+    for name, (landmark, total) in sorted(partial.segments.items()):
+        proto.segments.add(segment=name, landmark=landmark, sum=total)
     # Messages in bytes may be joined: a repeated field may stand anywhere.
     return proto.SerializeToString() + positions.encode(partial.offsets, _OFFSETS_FIELD)
 
@@ -105,4 +127,5 @@ def decode(proto: ItemStatsProto, *, with_offsets: bool = True) -> ItemPartial:
         positions.of_entries(proto.offsets) if with_offsets else {},
         {stats.kind: (stats.count, stats.value_sum) for stats in proto.kinds},
         [(entry.landmark, entry.sum) for entry in proto.popularity],
+        {entry.segment: (entry.landmark, entry.sum) for entry in proto.segments},
     )

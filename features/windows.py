@@ -48,6 +48,8 @@ class UserEvent(NamedTuple):
     confidence: float = 1.0
     categories: tuple[str, ...] = ()
     position: Position | None = None
+    # Of the user at that time; the state does not keep it, statistics of items count by it.
+    segment: str = ""
 
 
 class Interaction(NamedTuple):
@@ -199,6 +201,7 @@ def as_user_event(message: Event | Feedback, position: Position | None = None) -
         message.confidence if message.HasField("confidence") else 1.0,
         tuple(message.categories),
         position,
+        message.segment,
     )
 
 

@@ -49,11 +49,6 @@ def with_new_items(items: Iterable[Item], log: EventLog) -> list[Item]:
     return [now.pop(item.item_id, item) for item in items] + list(now.values())
 
 
-def segments_of(log: EventLog) -> dict[str, str]:
-    """Segment of each user that has one."""
-    return {user.user_id: user.segment for user in log.users() if user.segment}
-
-
 def log_fingerprint(log: EventLog, before_ms: int | None = None) -> str:
     """Hash of what a log says, up to a time; the same content in other files gives the same."""
     digest = hashlib.blake2b(digest_size=16)

@@ -101,7 +101,7 @@ def materialize(
     started = time.monotonic()
     log = EventLog(log_root)
     users = list(log.users())
-    replay = Replay(read_items(log), settings.features, {user.user_id: user.segment for user in users if user.segment})
+    replay = Replay(read_items(log), settings.features)
     replay.advance(read_entries(log, end_ms=before_ms))
     store = OnlineStore(settings.redis, settings.features.project)
     try:

@@ -13,6 +13,7 @@ from heapq import merge
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from core.bundle import CURRENT, ReleaseBundle, open_current
 from core.settings import FeaturesSettings, Settings
@@ -32,7 +33,9 @@ from offline.materialize import MaterializeSummary, Origins, write_all
 from offline.replay import LOG_PARTITION, SHOWN_COLUMNS, Entry, Replay, Shown, shown
 from offline.reporting import Reporter
 
-_EVENT_COLUMNS = ("user_id", "event_id", "item_id", "kind", "event_time", "value", "confidence", "categories")
+_EVENT_COLUMNS = (
+    "user_id", "event_id", "item_id", "kind", "event_time", "value", "confidence", "categories", "segment"
+)  # fmt: skip
 _PLACE = ("partition", "offset", "ingest_time")
 _DELETE_ROWS = 500
 # Source and partition; None for what was imported.
@@ -51,8 +54,8 @@ class RebuildSummary(MaterializeSummary):
 class PlacedReplay(Replay):
     """A replay that also keeps the sums of each source partition apart, and what each user's rows came from."""
 
-    def __init__(self, items: Iterable[Item], settings: FeaturesSettings, segment_of: dict[str, str]) -> None:
-        super().__init__(items, settings, segment_of)
+    def __init__(self, items: Iterable[Item], settings: FeaturesSettings) -> None:
+        super().__init__(items, settings)
         self.partition_partials: dict[int, dict[str, ItemPartial]] = {}
         self.wheres_of: dict[str, set[tuple[int, int]]] = {}
 
@@ -66,6 +69,12 @@ class PlacedReplay(Replay):
             partials = self.partition_partials.setdefault(LOG_PARTITION if where is None else where[1], {})
             for item_id in entry.item_ids if isinstance(entry, Shown) else (event.item_id,):
                 self._count_in(partials, event._replace(item_id=item_id))
+
+    def placed_stats(self) -> Iterator[ItemStats]:
+        """The statistics as messages, one per item and source partition (-1 = imported), by partition and item_id."""
+        for partition, partials in sorted(self.partition_partials.items()):
+            for item_id, partial in sorted(partials.items()):
+                yield item_stats.as_message(item_id, partition, partial, self._settings)
 
 
 def rebuild(
@@ -91,7 +100,7 @@ def rebuild(
     records = Erasures(str(log_root)).all()
     bundle = open_current(registry) if (registry / CURRENT).is_file() else None
     users, profiles = _states(log, USERS)
-    replay = PlacedReplay(read_items(log), settings.features, {u.user_id: u.segment for u in users if u.segment})
+    replay = PlacedReplay(read_items(log), settings.features)
     replay.place(placed_entries(log, records))
     newest = {where: last for table in (EVENTS, FEEDBACK, IMPRESSIONS) for where, last in positions(log, table).items()}
     _, items = _states(log, ITEMS)
@@ -99,7 +108,7 @@ def rebuild(
         _user_offsets(replay, newest, records),
         _with_tombstones(profiles, records),
         items,
-        _stats(replay, newest, settings.features),
+        _stats(replay, newest),
         frozenset(one.user_id for one in records) - replay.states.keys(),
     )
     store = OnlineStore(settings.redis, settings.features.project)
@@ -118,21 +127,27 @@ def rebuild(
     )
 
 
-def placed_entries(log: EventLog, records: Sequence[Erasure]) -> Iterator[tuple[Entry, Where]]:
-    """All that a log says of users who were not erased since, in event-time order, with where it came from."""
-    lists = _rows(log, IMPRESSIONS, SHOWN_COLUMNS, records)
+def placed_entries(
+    log: EventLog, records: Sequence[Erasure], end_ms: int | None = None
+) -> Iterator[tuple[Entry, Where]]:
+    """What a log says, before `end_ms`, of users who were not erased since: in event-time order, with its origin."""
+    lists = _rows(log, IMPRESSIONS, SHOWN_COLUMNS, records, end_ms)
     streams: list[Iterator[tuple[Entry, Where]]] = [zip(shown(lists), _wheres(lists), strict=True)]
     for table in (EVENTS, FEEDBACK):
-        rows = _rows(log, table, _EVENT_COLUMNS, records)
+        rows = _rows(log, table, _EVENT_COLUMNS, records, end_ms)
         streams.append(zip(user_events(rows), _wheres(rows), strict=True))
     return merge(*streams, key=lambda pair: pair[0].time_ms)
 
 
-def _rows(log: EventLog, table: LogTable, columns: Sequence[str], records: Sequence[Erasure]) -> pa.Table:
+def _rows(
+    log: EventLog, table: LogTable, columns: Sequence[str], records: Sequence[Erasure], end_ms: int | None
+) -> pa.Table:
     """Copies stay, as the stream saw them: the states count them."""
     names = [*columns, *_PLACE]
     parts = []
     for source, rows in by_source(log, table, names):
+        if end_ms is not None:
+            rows = rows.filter(pc.less(rows["event_time"].cast(pa.int64()), end_ms))
         kept = erasures.surviving(rows, source, records)
         parts.append(rows if kept.all() else rows.filter(pa.array(kept)))
     if not parts:
@@ -177,14 +192,12 @@ def _with_tombstones(profiles: dict[str, Offsets], records: Sequence[Erasure]) -
     return profiles
 
 
-def _stats(replay: PlacedReplay, newest: Offsets, settings: FeaturesSettings) -> list[ItemStats]:
-    rows = []
-    for partition, partials in sorted(replay.partition_partials.items()):
+def _stats(replay: PlacedReplay, newest: Offsets) -> list[ItemStats]:
+    for partition, partials in replay.partition_partials.items():
         offsets = {where: last for where, last in newest.items() if where[1] == partition}
-        for item_id, partial in sorted(partials.items()):
+        for partial in partials.values():
             partial.offsets = dict(offsets)
-            rows.append(item_stats.as_message(item_id, partition, partial, settings))
-    return rows
+    return list(replay.placed_stats())
 
 
 def _write(

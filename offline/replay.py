@@ -5,7 +5,7 @@ state equals what the stream holds for the same events, and `catalog` holds exac
 (they are brought up to date when the catalogue is asked for: no lag, and no cost for items that nobody looked at).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from heapq import merge
 from itertools import groupby
 from operator import attrgetter
@@ -59,18 +59,13 @@ class Replay:
     Args:
         items: the catalogue; row i of `catalog` is the i-th item. Items that only events name get the rows after them.
         settings: what is kept, and what it weighs.
-        segment_of: segment of each user that has one; their events are also counted per segment.
     """
 
-    def __init__(
-        self, items: Iterable[Item], settings: FeaturesSettings, segment_of: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, items: Iterable[Item], settings: FeaturesSettings) -> None:
         self.states: dict[str, UserState] = {}
         self.watermark_ms = 0
-        # item_id -> its statistics; per segment the same, without what was merely shown.
+        # item_id -> its statistics.
         self.partials: dict[str, ItemPartial] = {}
-        self.segment_partials: dict[str, dict[str, ItemPartial]] = {}
-        self._segment_of = segment_of or {}
         self._settings = settings
         self._catalog = Catalog(settings)
         self._touched: set[str] = set()
@@ -141,9 +136,6 @@ class Replay:
             return True
         self._count_in(self.partials, event)
         self._touched.add(event.item_id)
-        segment = self._segment_of.get(event.user_id)
-        if segment:
-            self._count_in(self.segment_partials.setdefault(segment, {}), event)
         return True
 
     def _count_in(self, partials: dict[str, ItemPartial], event: UserEvent) -> None:

@@ -27,13 +27,14 @@ from core.clock import Clock, SystemClock
 from core.errors import ArtifactError, ConfigError
 from core.settings import Settings
 from features import vectors, windows
+from features.stores.erasures import Erasures
 from features.stores.event_log import EventLog
 from headrace.v1.events_pb2 import Item
 from offline.batch_scores import write_batch_scores
-from offline.logs import log_fingerprint, open_log, read_items, segments_of
+from offline.logs import log_fingerprint, open_log, read_items
 from offline.models import Models, read_item_vectors
 from offline.popularity import popularity_lists
-from offline.replay import Replay, read_entries
+from offline.rebuild import PlacedReplay, placed_entries
 from offline.reporting import Reporter
 from offline.training.ranker import TrainedRanker, train_ranker
 from offline.training.towers import TrainedTowers, train_towers
@@ -165,12 +166,13 @@ class _Run:
             towers.item_vectors, rows, self._settings.candidate.exact_max_items, towers.towers.embedding_version
         )
         index.save(folder / names.INDEX)
-        replay = Replay(self.items, self._settings.features, segments_of(self._log))
-        replay.advance(read_entries(self._log, end_ms=self._before_ms))
+        # Apart by source partition, as the stream counts them: what it broadcasts replaces these sums.
+        replay = PlacedReplay(self.items, self._settings.features)
+        replay.place(placed_entries(self._log, Erasures(self._log.root).all(), self._before_ms))
         now_ms = replay.watermark_ms
         write_delimited(folder / names.ITEMS, self.items)
         known = {item.item_id for item in self.items}
-        write_delimited(folder / names.ITEM_STATS, (s for s in replay.item_stats() if s.item_id in known))
+        write_delimited(folder / names.ITEM_STATS, (s for s in replay.placed_stats() if s.item_id in known))
         _write_json(folder / names.POPULARITY, popularity_lists(replay, now_ms, self._settings))
         _write_json(folder / names.BLEND, {"weights": self._settings.serving.blend_weights})
         _write_json(folder / names.RULES, {})

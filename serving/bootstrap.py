@@ -22,7 +22,7 @@ from headrace.v1.recommender_service_pb2_grpc import add_RecommenderServiceServi
 from serving import metrics
 from serving.breaker import CLOSED, CircuitBreaker
 from serving.clients import CandidateClient, RankerClient
-from serving.ingest import DELIVERY_TIMEOUT_MS, IngestService, TopicIdentities
+from serving.ingest import DELIVERY_TIMEOUT_MS, IngestService, Profiles, TopicIdentities
 from serving.ladder import Ladder, LastGood
 from serving.pipeline import Pipeline, Stages
 from serving.recommender import Recommender
@@ -100,7 +100,8 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         answering = RecommenderService(recommender, breakers, serving, clock, process.stopping)
         add_RecommenderServiceServicer_to_server(answering, server.aio)
         identities = TopicIdentities(settings.kafka, (topics.events, topics.feedback))
-        taking_in = IngestService(for_events, identities, topics, releases, breakers["kafka"], clock)
+        profiles = Profiles(store, breakers["redis"])
+        taking_in = IngestService(for_events, identities, topics, releases, breakers["kafka"], profiles, clock)
         add_IngestServiceServicer_to_server(taking_in, server.aio)
         for background in (releases.keep_fresh(), impressions.run()):
             task = asyncio.create_task(background)

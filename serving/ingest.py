@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import grpc
 
 from core.clock import Clock
-from core.codec import check_event
+from core.codec import check_event, check_size
 from core.deadline import Deadline
 from core.errors import InvalidRequestError, MalformedEventError, StageError, StageTimeoutError
 from core.grpc_runtime import request_deadline
@@ -34,6 +34,7 @@ from serving.breaker import CircuitBreaker
 from serving.clients import guarded
 from serving.release import Releases
 from serving.stages.hydrate import fill_categories
+from serving.store_reader import UserStore
 
 MAX_EVENTS = 1000
 # A broker that was away is asked again about once a second.
@@ -43,6 +44,7 @@ DELIVERY_TIMEOUT_MS = 2_000
 LONGEST_WAIT_MS = 2 * DELIVERY_TIMEOUT_MS
 # Of the caller's deadline, for the way back.
 _MARGIN_MS = 10
+_PROFILES_MS = 50
 
 E = TypeVar("E", Event, Feedback)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -65,6 +67,29 @@ class TopicIdentities:
         return self._sources[topic]
 
 
+class Profiles:
+    """What ingestion takes from profiles: the segment of events whose producer gave none."""
+
+    def __init__(self, store: UserStore, breaker: CircuitBreaker) -> None:
+        self._store = store
+        self._breaker = breaker
+
+    async def fill_segments(self, events: Sequence[Event | Feedback], deadline: Deadline) -> None:
+        """Where Redis does not answer at once, the events go without."""
+        users = list(dict.fromkeys(event.user_id for event in events if not event.segment))
+        if not users:
+            return
+        is_fair = deadline.remaining_ms() >= _PROFILES_MS
+        try:
+            with guarded(self._breaker, is_fair=is_fair):
+                found = await self._store.read_segments(users, deadline.capped_ms(_PROFILES_MS))
+                segments = dict(zip(users, found, strict=True))
+        except StageError:
+            return
+        for event in events:
+            event.segment = event.segment or segments[event.user_id]
+
+
 class IngestService(IngestServiceServicer):
     """Checks events, completes them, and hands them to Kafka."""
 
@@ -75,6 +100,7 @@ class IngestService(IngestServiceServicer):
         topics: Topics,
         releases: Releases,
         breaker: CircuitBreaker,
+        profiles: Profiles,
         clock: Clock,
     ) -> None:
         self._producer = producer
@@ -82,6 +108,7 @@ class IngestService(IngestServiceServicer):
         self._topics = topics
         self._releases = releases
         self._breaker = breaker
+        self._profiles = profiles
         self._clock = clock
 
     async def SendEvents(self, request: SendEventsRequest, context: Context) -> SendEventsResponse:
@@ -99,8 +126,10 @@ class IngestService(IngestServiceServicer):
         valid = [index for index, result in enumerate(results) if result is None]
         if valid:
             deadline = request_deadline(context, LONGEST_WAIT_MS).minus_ms(_MARGIN_MS)
+            taken = [events[index] for index in valid]
+            await self._profiles.fill_segments(taken, deadline)
             try:
-                outcomes = await self._produce([events[index] for index in valid], topic, deadline)
+                outcomes = await self._produce(taken, topic, deadline)
             except StageError as error:
                 context.set_trailing_metadata((("retry-after-ms", str(RETRY_AFTER_MS)),))
                 # Late or away: to the producer it is the same, and the same event_id again does no harm.
@@ -115,6 +144,7 @@ class IngestService(IngestServiceServicer):
     def _checked(self, field: str, event: Event | Feedback) -> IngestResult | None:
         """The error of an event that Kafka will never see; None where it is fine."""
         try:
+            check_size(event.ByteSize())
             check_event(event, self._clock.now_ms())
         except MalformedEventError as error:
             where = f"{field}.{error.field}" if error.field else field

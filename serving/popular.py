@@ -41,14 +41,15 @@ class PopularLists:
             raise ArtifactError(f"the bundle's popularity list is broken ({error!r}); train again") from error
         self._revision = -1
         self._everybody = self._snapshot
+        self._live_segments: dict[str, PopularList] = {}
         self.refresh()
 
     def everybody(self) -> PopularList:
         return self._everybody
 
     def segment(self, name: str) -> PopularList | None:
-        """The list of a segment; None where there is none."""
-        return self._segments.get(name)
+        """The list of a segment, by what its users did lately; None where there is none."""
+        return self._live_segments.get(name) or self._segments.get(name)
 
     def refresh(self) -> None:
         """Takes in what the catalogue has learned since. May run on another thread than the readers."""
@@ -76,7 +77,20 @@ class PopularLists:
         else:
             scores[: len(snapshot)] = self._snapshot.scores
         self._everybody = PopularList(rows, scores)
+        self._live_segments = {name: self._in_segment(name) for name in self._catalog.segments()}
         self._revision = revision
+
+    def _in_segment(self, name: str) -> PopularList:
+        """What the catalogue has counted of the segment, then the rest of the bundle's list."""
+        rows, log2 = self._catalog.segment_popularity(name)
+        rows, log2 = rows[:EXACT_DEPTH], log2[:EXACT_DEPTH]
+        scores = np.exp2(np.maximum(log2 - log2[0], -100)).astype(np.float32)
+        older = self._segments.get(name)
+        if older is not None:
+            rest = ~np.isin(older.rows, rows)
+            rows = np.concatenate((rows, older.rows[rest]))
+            scores = np.concatenate((scores, np.zeros(int(rest.sum()), np.float32)))
+        return PopularList(rows, scores)
 
 
 def _listed(catalog: Catalog, entries: Sequence[Sequence[Any]]) -> PopularList:

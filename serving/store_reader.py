@@ -18,7 +18,7 @@ from core.deadline import Deadline
 from core.errors import StageError, StageTimeoutError
 from core.settings import RedisSettings
 from features import positions
-from features.definitions import USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE, View
+from features.definitions import USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE, ColumnType, View
 from features.stores.layout import Cell, ViewLayout, decode_cell, decode_time, row_key
 from headrace.v1.events_pb2 import User
 
@@ -68,6 +68,7 @@ class UserStore:
                 self._fields.append(layout.fields[column.name])
                 self._columns.append((view, column.name))
         self._offsets_field = ViewLayout.of(USER_STATE).fields["offsets"]
+        self._segment_field = ViewLayout.of(USER_PROFILE).fields["profile_segment"]
         self._types = {(view.name, column.name): column.type for view, _ in self._columns for column in view.columns}
 
     async def read(self, user_id: str, deadline: Deadline) -> UserRow:
@@ -88,6 +89,14 @@ class UserStore:
         raw = await self._run(self._client.hget(self._key(user_id), self._offsets_field), deadline)
         cell = decode_cell(self._types[(USER_STATE.name, "offsets")], raw)
         return positions.decode(cell) if isinstance(cell, bytes) else {}
+
+    async def read_segments(self, user_ids: Sequence[str], deadline: Deadline) -> list[str]:
+        """Segment of each user's profile, "" for none; one round trip."""
+        pipeline = self._client.pipeline(transaction=False)
+        for user_id in user_ids:
+            pipeline.hget(self._key(user_id), self._segment_field)
+        cells = [decode_cell(ColumnType.STRING, raw) for raw in await self._run(pipeline.execute(), deadline)]
+        return [cell if isinstance(cell, str) else "" for cell in cells]
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -124,8 +124,8 @@ class QuietTopic:
             while not self._stopping.is_set():
                 try:
                     self._sink.open(topic, self._source, partition)
-                    self._sink.add(topic, partition, offset, rows)
-                    break
+                    if self._sink.add(topic, partition, offset, rows, self._stopping):
+                        break
                 except StageError as error:
                     _log.warning("event log is away", problem=str(error))
                     self._stopping.wait(_BACKOFF_SECONDS)

@@ -93,7 +93,8 @@ class Worker:
             erase_again=None if records is None else partial(erase_again, stores[1], records),
         )
         self.watchdog = Watchdog(settings, self.reader.processed, self.reader.skip_expired)
-        self.popularity = PopularityWriter(settings, stores[2])
+        # One of the group is enough: every worker would write the same.
+        self.popularity = PopularityWriter(settings, stores[2], lambda: self.reader.owns(0))
         self.parts: list[Any] = [self.watchdog, self.popularity, self.updater, self.reader]
         if self.sink is not None:
             self.parts.insert(0, self.sink)

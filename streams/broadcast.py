@@ -4,7 +4,7 @@ Fed by the reader with rows as they were written, and ticked by it. Invariant: w
 one (item, source partition), so a lost or repeated message does no harm once the next one comes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from core.clock import Clock, SystemClock
 from core.kafka import KafkaProducer
@@ -30,15 +30,23 @@ class StatsBroadcast:
     def put(self, stats: Mapping[ItemKey, bytes]) -> None:
         self._waiting.update(stats)
 
-    def tick(self, *, now: bool = False) -> None:
-        """Sends what waits, if it is time; what Kafka does not take stays."""
+    def forget(self, partitions: Collection[int]) -> None:
+        """These belong to another worker now, whose rows are newer."""
+        for key in [key for key in self._waiting if key[1] in partitions]:
+            del self._waiting[key]
+
+    def tick(self, *, now: bool = False) -> bool:
+        """Sends what waits, if it is time; what Kafka does not take stays. True when nothing waits any more."""
         moment = self._clock.monotonic()
-        if not self._waiting or (moment < self._next and not now):
-            return
+        if not self._waiting:
+            return True
+        if moment < self._next and not now:
+            return False
         # While catching up, thousands of rows change between two ticks: their readers need the newest, not each.
         self._next = moment + max(self._interval_seconds, len(self._waiting) / _ROWS_PER_SECOND)
         for key in list(self._waiting):
             if not self._producer.post(self._topic, item_stats_key(*key), self._waiting[key]):
-                return
+                return False
             del self._waiting[key]
             metrics.BROADCASTS.inc()
+        return True

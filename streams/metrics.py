@@ -7,6 +7,11 @@ replays after a restart show as such and not as events.
 from core.telemetry import counter, gauge, histogram_ms
 
 EVENTS = counter("streams", "events", "Messages read, by topic and outcome.", ("topic", "outcome"))
+LATE = counter("streams", "late_events", "Events applied with a time before the user's watermark.")
+OUTSIDE_HORIZON = counter(
+    "streams", "outside_horizon", "Events before a full duplicate horizon: applied, uniqueness unknown."
+)
+MISSED = counter("streams", "missed", "Messages that Kafka dropped before they were read, by topic.", ("topic",))
 DEAD_LETTERS = counter("streams", "dead_letters", "Messages sent to the dead letters, by topic.", ("topic",))
 BACK_TO_MARKER = counter(
     "streams", "back_to_marker", "Times that rows were dropped and read again, by reason.", ("why",)

@@ -1,11 +1,11 @@
-"""Popularity: the most popular items, from everybody's item statistics, as the row `all` of the popularity view.
+"""Popularity: the most popular items, overall and per segment of users, as rows of the popularity view.
 
 Follows the items and item-stats topics on top of the serving bundle, as every replica does, so each worker knows the
 sums of all partitions. Invariant: a derived row; losing it costs nothing, the next interval writes it again.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -32,7 +32,9 @@ _SIP_ROWS, _SIP_PAUSE_SECONDS = 30, 0.0005
 class PopularityWriter:
     """The catalogue with everybody's statistics, a thread that follows the topics and one that writes."""
 
-    def __init__(self, settings: Settings, store: OnlineStore) -> None:
+    def __init__(self, settings: Settings, store: OnlineStore, is_mine: Callable[[], bool] = lambda: True) -> None:
+        """`is_mine` says whether this worker is the one of the group that writes."""
+        self._is_mine = is_mine
         self._settings = settings
         self._store = store
         self._topics = Topics(settings.kafka.topic_prefix)
@@ -42,6 +44,9 @@ class PopularityWriter:
         self._watermark_ms = 0
         # The newest row of each item and partition since the last write; taken in then, each once.
         self._waiting: dict[bytes, Record] = {}
+        # What the items topic has said since the start: newer than any bundle that comes.
+        self._news: dict[str, Item] = {}
+        self._gone: set[str] = set()
         self._written = -1
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="popularity", daemon=True)
@@ -71,6 +76,8 @@ class PopularityWriter:
         Raises:
             StageError: the store did not take it.
         """
+        if not self._is_mine():
+            return False
         self._load_bundle()
         self._take_in()
         with self._lock:
@@ -78,17 +85,13 @@ class PopularityWriter:
             if catalog.revision == self._written or not len(catalog):
                 return False
             revision = catalog.revision
-            watermark_ms = self._watermark_ms
-            items, scores = most_popular(catalog, watermark_ms, self._settings.offline.popularity_items)
-        if items:
-            cells: dict[str, Cell] = {
-                "popular_item_ids": items,
-                "popular_scores": scores,
-                "popular_watermark_ms": watermark_ms,
-            }
-            self._store.write([Write(POPULARITY, (ALL,), cells)])
+            watermark_ms, count = self._watermark_ms, self._settings.offline.popularity_items
+            lists = {name: most_popular_in(name, catalog, watermark_ms, count) for name in catalog.segments()}
+            lists[ALL] = most_popular(catalog, watermark_ms, count)
+        writes = [_write(name, items, scores, watermark_ms) for name, (items, scores) in lists.items() if items]
+        self._store.write(writes)
         self._written = revision
-        return bool(items)
+        return bool(writes)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -98,6 +101,8 @@ class PopularityWriter:
                 # It may have lost the row, too.
                 self._written = -1
                 _log.debug("popularity waits", problem=str(error))
+            except Exception as error:  # noqa: BLE001 - one odd row must not end the thread
+                _log.error("unexpected error in popularity, going on", error=repr(error))
             self._stopping.wait(self._settings.streams.popularity_interval_ms / 1000)
 
     def _take_in(self) -> None:
@@ -124,11 +129,16 @@ class PopularityWriter:
                 self._catalog.put_stats(stats)
                 self._watermark_ms = max(self._watermark_ms, stats.watermark_ms)
         elif record.value is None:
-            self._catalog.remove(record.key.decode("utf-8", "replace"))
+            item_id = record.key.decode("utf-8", "replace")
+            self._catalog.remove(item_id)
+            self._news.pop(item_id, None)
+            self._gone.add(item_id)
         else:
             item = decode(Item(), record.value, record.headers)
             check_item(item)
             self._catalog.upsert(item)
+            self._news[item.item_id] = item
+            self._gone.discard(item.item_id)
 
     def _load_bundle(self) -> None:
         """Takes items and statistics of the serving bundle, again when there is another one."""
@@ -149,10 +159,11 @@ class PopularityWriter:
             return
         with self._lock:
             # What came over the topics since the start is newer than the bundle.
-            old, seen = self._catalog, self._catalog.column("available")
-            for row, item in enumerate(old.items):
-                if seen[row]:
-                    fresh.upsert(item)
+            old = self._catalog
+            for item in self._news.values():
+                fresh.upsert(item)
+            for item_id in self._gone:
+                fresh.remove(item_id)
             for item_id, partition, partial in old.partials():
                 if partition >= 0:
                     fresh.put_partial(item_id, partition, partial)
@@ -171,3 +182,22 @@ def most_popular(catalog: Catalog, as_of_ms: int, count: int) -> tuple[list[str]
     order = np.argsort(-scores, kind="stable")[:count]
     best = [int(row) for row in order if scores[row] > 0]
     return [catalog.item_ids[row] for row in best], [float(scores[row]) for row in best]
+
+
+def most_popular_in(segment: str, catalog: Catalog, as_of_ms: int, count: int) -> tuple[list[str], list[float]]:
+    """The same among the users of a segment."""
+    rows, log2 = catalog.segment_popularity(segment)
+    servable = catalog.servable(as_of_ms)
+    if servable.any():
+        rows, log2 = rows[servable[rows]], log2[servable[rows]]
+    scores = catalog.decayed(log2[:count], as_of_ms)
+    return [catalog.item_ids[row] for row in rows[:count]], scores.tolist()
+
+
+def _write(segment: str, items: list[str], scores: list[float], watermark_ms: int) -> Write:
+    cells: dict[str, Cell] = {
+        "popular_item_ids": items,
+        "popular_scores": scores,
+        "popular_watermark_ms": watermark_ms,
+    }
+    return Write(POPULARITY, (segment,), cells)

@@ -57,6 +57,8 @@ class Changes:
     dirty: set[str] = field(default_factory=set)
     # Events that counted, by item and partition, in order.
     items: dict[ItemKey, list[UserEvent]] = field(default_factory=dict)
+    late: int = 0
+    outside_horizon: int = 0
     # Items of events that were counted before, or were duplicates then.
     replayed_items: set[ItemKey] = field(default_factory=set)
 
@@ -102,7 +104,9 @@ def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: 
     for received in batch:
         event = received.event
         user_id = event.user_id
-        (outcome,) = windows.apply(states[user_id], (event,), settings)
+        state = states[user_id]
+        is_late, outside = event.time_ms < state.watermark_ms, state.outside_horizon_count
+        (outcome,) = windows.apply(state, (event,), settings)
         changes.outcomes.append(outcome)
         if outcome is not Outcome.DUPLICATE and event.kind != windows.IMPRESSION:
             # A replay, too: whoever wrote that row may have died before its vector was made.
@@ -113,6 +117,8 @@ def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: 
             continue
         changes.users.add(user_id)
         if outcome is Outcome.APPLIED:
+            changes.late += is_late
+            changes.outside_horizon += state.outside_horizon_count - outside
             _note_items(changes.items, received)
     return changes
 

@@ -16,12 +16,13 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 
 from core.clock import Clock, SystemClock
 from core.errors import StageError
-from core.kafka import client_config, headers_of, topic_sources
+from core.kafka import headers_of, topic_sources
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
 from streams import metrics
 from streams.broadcast import StatsBroadcast
+from streams.consumer import check_partitions, consumer_config
 from streams.dead_letters import DeadLetters
 from streams.processor import RawMessage, Received, try_decode
 from streams.rows import Rows
@@ -34,11 +35,6 @@ _BACKOFF_SECONDS = (0.05, 2.0)
 _COMMIT_SECONDS = 1.0
 # How long a poll waits for a first message: markers, broadcasts and a stop wait with it.
 _IDLE_SECONDS = 0.02
-_METADATA_SECONDS = 5.0
-# What brokers take at least, as they come.
-_BROKER_SESSION_MIN_MS = 6000
-# Messages waiting in the client, all partitions together.
-_QUEUE_KB = 32_768
 
 
 @dataclass(slots=True)
@@ -84,6 +80,10 @@ class BatchReader:
         # Offsets that must be processed before the rows are as new as the marker says.
         self._targets: dict[Where, int] = {}
         self._unmarked: set[int] = set()
+        # What was processed when the replicas had last been told of everything.
+        self._told: dict[Where, int] = {}
+        self._store_problem: StageError | None = None
+        self._poll_max = settings.streams.poll_max_events
         self._marker_due = self._commit_due = self._place_due = self._poll_due = 0.0
         self._backoff_seconds = _BACKOFF_SECONDS[0]
         self._problem = "not started"
@@ -148,9 +148,9 @@ class BatchReader:
     def _session(self) -> None:
         """One consumer's life."""
         self._sources = topic_sources(self._settings.kafka, self._topics.user_keyed)
-        consumer = Consumer(self._consumer_config())
+        consumer = Consumer(consumer_config(self._settings))
         try:
-            self._check_partitions(consumer)
+            check_partitions(consumer, self._topics)
             consumer.subscribe(
                 [self._topics.events], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
@@ -166,14 +166,21 @@ class BatchReader:
     def _step(self, consumer: Consumer) -> None:
         messages = self._poll(consumer)
         try:
+            problem, self._store_problem = self._store_problem, None
+            if problem is not None:
+                raise problem
             if messages:
                 self._handle(messages)
             # After the messages: those of a partition that was lost and came back belong to its former time.
             self._place(consumer)
             self._move_markers(consumer)
+            if self._broadcast.tick():
+                self._told = dict(self._processed)
+            # What is less may go through where a batch of thousands of large rows did not.
+            self._poll_max = min(2 * self._poll_max, self._settings.streams.poll_max_events)
         except StageError as error:
+            self._poll_max = max(1, self._poll_max // 2)
             self._go_back(consumer, error)
-        self._broadcast.tick()
 
     def _poll(self, consumer: Consumer) -> list[Any]:
         """What is there, as soon as there is something; nothing after a short wait."""
@@ -185,7 +192,7 @@ class BatchReader:
             time.sleep(pause)
         self._poll_due = self._clock.monotonic() + self._settings.streams.poll_interval_ms / 1000
         # Asked for many, the client would wait for the last of them.
-        return [*first, *consumer.consume(self._settings.streams.poll_max_events, 0)]
+        return [*first, *consumer.consume(self._poll_max, 0)]
 
     def _handle(self, messages: Sequence[Any]) -> None:
         batch = self._sort_out(messages)
@@ -208,6 +215,8 @@ class BatchReader:
             metrics.EVENTS.labels(topic, outcome.name.lower()).inc(count)
         for raw, _ in letters:
             metrics.EVENTS.labels(raw.topic, "dead_letter").inc()
+        metrics.LATE.inc(applied.late)
+        metrics.OUTSIDE_HORIZON.inc(applied.outside_horizon)
         if applied.watermark_ms:
             metrics.WATERMARK_AGE.set(self._clock.now_ms() - applied.watermark_ms)
 
@@ -236,6 +245,17 @@ class BatchReader:
                 batch.letters.append((raw, result))
             else:
                 batch.received.append(result)
+            gap = offset - batch.last.get((topic, partition), self._processed.get((topic, partition), offset - 1)) - 1
+            if gap > 0:
+                # Compaction and transactions leave none in these topics.
+                metrics.MISSED.labels(topic).inc(gap)
+                _log.error(
+                    "kafka no longer has some events; `headrace rebuild` takes them from an event log that does",
+                    topic=topic,
+                    partition=partition,
+                    first=offset - gap,
+                    count=gap,
+                )
             batch.last[topic, partition] = offset
         return batch
 
@@ -246,7 +266,8 @@ class BatchReader:
         for received in batch.received:
             rows[received.raw.topic, received.raw.partition].append((received.message, received.raw))
         for (topic, partition), last in batch.last.items():
-            self._sink.add(topic, partition, last, rows[topic, partition])
+            if not self._sink.add(topic, partition, last, rows[topic, partition], self._stopping):
+                raise StageError("event-log", "stopped before the event log took the rows")
 
     # --- where reading starts ---
 
@@ -259,13 +280,14 @@ class BatchReader:
         starts: list[TopicPartition] = []
         targets: dict[Where, int] = {}
         for partition in waiting:
-            marker = self._rows.read_marker(partition)
+            marker, told = self._rows.read_marker(partition), self._rows.read_told(partition)
             for topic in self._topics.user_keyed:
                 source = self._sources[topic]
                 marked = written = marker.get((source, partition), -1)
                 if self._sink is not None:
                     written = self._sink.open(topic, source, partition)
-                done = min(marked, written)
+                # Whoever wrote the rows may have died before the replicas were told: a replay tells them again.
+                done = min(marked, written, told.get((source, partition), marked))
                 starts.append(TopicPartition(topic, partition, done + 1 if done >= 0 else OFFSET_BEGINNING))
                 targets[topic, partition] = marked
                 self._processed[topic, partition] = done
@@ -317,6 +339,10 @@ class BatchReader:
         done = {topic: self._processed.get((topic, partition), -1) for topic in self._topics.user_keyed}
         offsets = {(self._sources[topic], partition): offset for topic, offset in done.items() if offset >= 0}
         self._rows.write_marker(partition, offsets)
+        told = {topic: min(offset, self._told.get((topic, partition), -1)) for topic, offset in done.items()}
+        self._rows.write_told(
+            partition, {(self._sources[topic], partition): offset for topic, offset in told.items() if offset >= 0}
+        )
 
     def _commit_offsets(self, consumer: Consumer) -> None:
         """Tells the group how far this worker has come. Only tools that show lag read it."""
@@ -333,11 +359,12 @@ class BatchReader:
             _log.debug("offsets not committed", problem=str(error))
 
     def _drain(self, consumer: Consumer) -> None:
+        if self._broadcast.tick(now=True):
+            self._told = dict(self._processed)
         try:
             self._move_markers(consumer, now=True)
         except StageError as error:
             _log.warning("markers not written at the end; the next worker reads a little more", problem=str(error))
-        self._broadcast.tick(now=True)
 
     # --- what the group says; called inside consume() ---
 
@@ -359,6 +386,8 @@ class BatchReader:
                 self._mark(partition)
         except StageError as error:
             _log.warning("marker not written; the next worker reads a little more", problem=str(error))
+            # Whatever it was, it concerns the rows of the partitions that stay, too.
+            self._store_problem = error
         self._give_up(consumer, partitions)
 
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
@@ -379,11 +408,13 @@ class BatchReader:
         if self._sink is not None:
             self._sink.close(self._wheres(gone & self._placed))
         self._rows.drop(gone)
+        self._broadcast.forget(gone)
         self._owned -= gone
         self._placed -= gone
         self._unmarked -= gone
         for where in self._wheres(gone):
             self._processed.pop(where, None)
+            self._told.pop(where, None)
             self._targets.pop(where, None)
 
     def _wheres(self, partitions: set[int]) -> list[Where]:
@@ -391,42 +422,3 @@ class BatchReader:
 
     def _companions(self, partitions: set[int]) -> list[TopicPartition]:
         return [TopicPartition(topic, partition) for topic, partition in self._wheres(partitions)]
-
-    # --- the consumer ---
-
-    def _check_partitions(self, consumer: Consumer) -> None:
-        """Asks for each topic by name (which also makes its leaders known); the counts must agree."""
-        counts: dict[str, int] = {}
-        for topic in self._topics.user_keyed:
-            metadata = consumer.list_topics(topic, timeout=_METADATA_SECONDS).topics[topic]
-            if metadata.error is not None:
-                raise StageError("kafka", f"{topic}: {metadata.error.str()}; make it with `headrace topics`")
-            counts[topic] = len(metadata.partitions)
-        if len(set(counts.values())) != 1:
-            told = ", ".join(f"{topic} has {count}" for topic, count in counts.items())
-            raise StageError("kafka", f"the user-keyed topics need one partition count ({told}); make them anew")
-
-    def _consumer_config(self) -> dict[str, Any]:
-        streams = self._settings.streams
-        config: dict[str, Any] = {
-            **client_config(self._settings.kafka),
-            "group.id": streams.group_id,
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
-            "auto.offset.reset": "earliest",
-            "fetch.wait.max.ms": self._settings.kafka.fetch_wait_max_ms,
-            "queued.max.messages.kbytes": _QUEUE_KB,
-        }
-        if streams.group_protocol == "consumer":
-            config["group.protocol"] = "consumer"
-        else:
-            config["partition.assignment.strategy"] = streams.group_protocol
-            config["session.timeout.ms"] = _session_ms(streams.session_timeout_ms)
-            # The others hear of a death with their next heartbeat.
-            config["heartbeat.interval.ms"] = max(1, streams.session_timeout_ms // 12)
-        return config
-
-
-def _session_ms(take_over_ms: int) -> int:
-    """The group's session, so that a dead worker's partitions move again within `take_over_ms`."""
-    return max(take_over_ms * 4 // 5, min(take_over_ms, _BROKER_SESSION_MIN_MS))

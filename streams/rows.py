@@ -66,6 +66,9 @@ class Applied:
     # Messages whose user has a row that cannot be read, and why.
     refused: list[tuple[Received, str]] = field(default_factory=list)
     watermark_ms: int = 0
+    # Events behind their user's watermark; events of which nobody knows whether they came before.
+    late: int = 0
+    outside_horizon: int = 0
 
 
 class Rows:
@@ -91,8 +94,17 @@ class Rows:
         before = self._markers.get(partition, {})
         marker = {**before, **{where: max(offset, before.get(where, -1)) for where, offset in offsets.items()}}
         if marker != before:
-            self._store.write_marker(partition, marker)
+            if not self._store.write_marker(partition, marker, before):
+                # Emptied, older, or another worker's by now: rows in memory may not be what the store has.
+                raise RowsChangedError(f"the marker of partition {partition}")
             self._markers[partition] = marker
+
+    def read_told(self, partition: int) -> Offsets:
+        """Up to where the replicas have been told of the partition's item statistics."""
+        return self._store.read_told(partition)
+
+    def write_told(self, partition: int, offsets: Offsets) -> None:
+        self._store.write_told(partition, offsets)
 
     def drop(self, partitions: Iterable[int] | None = None) -> None:
         """Forgets the rows of some partitions, or everything."""
@@ -283,6 +295,8 @@ class Rows:
     @staticmethod
     def _tell(batch: Sequence[Received], changes: Changes, beaten: set[str], applied: Applied) -> None:
         applied.dirty |= changes.dirty - beaten
+        applied.late += changes.late
+        applied.outside_horizon += changes.outside_horizon
         kept: Iterable[tuple[Received, Outcome]] = zip(batch, changes.outcomes, strict=True)
         if beaten:
             kept = [pair for pair in kept if pair[0].event.user_id not in beaten]

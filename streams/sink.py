@@ -106,21 +106,27 @@ class EventLogSink:
                 self._buffers[topic, partition] = buffer
         return buffer.taken
 
-    def add(self, topic: str, partition: int, last: int, rows: Sequence[Row]) -> None:
-        """Takes the rows of an opened topic-partition up to offset `last` (malformed messages have none)."""
+    def add(self, topic: str, partition: int, last: int, rows: Sequence[Row], stopping: threading.Event) -> bool:
+        """Takes the rows of an opened topic-partition up to offset `last` (malformed messages have none).
+
+        Waits while the buffers are full; False, with nothing taken, where `stopping` is set meanwhile.
+        """
         with self._changed:
-            while self._full() and not self._stopping.is_set():
+            while self._full():
+                if stopping.is_set():
+                    return False
                 self._changed.notify_all()
                 self._changed.wait(_RETRY_SECONDS)
             buffer = self._buffers[topic, partition]
             if last <= buffer.taken:
-                return
+                return True
             if buffer.taken == buffer.written and not buffer.rows:
                 buffer.since = self._clock.monotonic()
             buffer.put(rows)
             buffer.taken = last
             if len(buffer.rows) >= self._settings.event_log_max_events:
                 self._changed.notify_all()
+        return True
 
     def close(self, partitions: Mapping[Where, object] | Sequence[Where]) -> None:
         """Writes what is left of some topic-partitions and forgets them (they belong to another worker now)."""

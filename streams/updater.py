@@ -36,8 +36,8 @@ _BACKOFF_SECONDS = (0.05, 2.0)
 _IDLE_SECONDS = 0.5
 # While users act without a pause, every so many batches is one for those that a sweep found.
 _LIVE_TURNS = 4
-# What the service says of a request that no retry will mend.
-_REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED)
+# What the service says of a request that no retry will mend. A full queue is none of these: it empties.
+_REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
 _VECTOR = ("embedding_version", "embedding_revision")
 
 
@@ -139,6 +139,7 @@ class EmbeddingUpdater:
                     self._wait_after(error)
                 except Exception as error:  # noqa: BLE001 - vectors can wait, the thread must not end
                     _log.error("unexpected error, going on", error=repr(error))
+                    self._put_back(batch)
                     self._wait_after(StageError("updater", repr(error)))
         finally:
             channel.close()

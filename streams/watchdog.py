@@ -53,6 +53,8 @@ class Watchdog:
         # Of partitions with lag: where each was when it was first seen there, and when that was.
         self._moved: dict[Where, tuple[int, float]] = {}
         self._stalled: list[Where] = []
+        # Partitions whose lag is in the metrics.
+        self._told: set[Where] = set()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -77,6 +79,10 @@ class Watchdog:
         stalled = []
         for where in [where for where in self._moved if where not in processed]:
             del self._moved[where]
+        for topic, partition in self._told - processed.keys():
+            # Another worker's now, who tells its lag.
+            metrics.LAG.remove(topic, str(partition))
+        self._told = set(processed)
         for where, offset in processed.items():
             oldest, end = bounds.get(where, Bounds(0, 0))
             # What Kafka no longer has is not waited for.
@@ -99,8 +105,7 @@ class Watchdog:
         while not self._stopping.wait(pause):
             processed = self._processed()
             try:
-                if processed:
-                    self.look(_bounds(admin, processed), processed)
+                self.look(_bounds(admin, processed) if processed else {}, processed)
             except (KafkaException, TimeoutError) as error:
                 # Kafka is away: nothing can be said about lag, and the reader says that itself.
                 _log.debug("no offsets from kafka", problem=str(error))

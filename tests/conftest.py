@@ -1,5 +1,10 @@
-"""What several folders of tests need: a real Redis that may be killed, the embedded broker, a reader on both."""
+"""What several folders of tests need: a real Redis that may be killed, a broker, a reader on both.
 
+The broker of the stream's tests is the best at hand: KAFKA_BOOTSTRAP_SERVERS, an Apache Kafka from KAFKA_HOME, one in
+a container where Docker answers, else the embedded one; the head of pytest's report says which.
+"""
+
+import importlib.util
 import itertools
 import json
 import os
@@ -11,15 +16,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import redis
+from confluent_kafka.admin import AdminClient
 
-from core.kafka import KafkaProducer, Written
+from core.kafka import KafkaProducer, Written, client_config
 from core.settings import Settings, load_settings
 from core.topics import Topics
 from devstack.child import tied
 from devstack.kafka_broker import FETCH_WAIT_MAX_MS
+from devstack.kafka_local import kafka_home, local_kafka_problem, local_kafka_spec
 from devstack.ports import Ports
 from devstack.redis_server import redis_spec, redis_url
 from devstack.topics import ensure_topics
@@ -106,9 +114,70 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
+def pytest_report_header() -> str:
+    return f"kafka: {_which_broker()}"
+
+
+def _which_broker() -> str:
+    if servers := os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+        return servers
+    if (problem := local_kafka_problem(kafka_home())) is None:
+        return "local"
+    return "container" if _docker_answers() else f"embedded (not a real one: {problem})"
+
+
+def _docker_answers() -> bool:
+    if importlib.util.find_spec("testcontainers") is None or shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True, timeout=10, check=False).returncode == 0
+
+
+@contextmanager
+def _local_broker(folder: Path) -> Iterator[dict[str, object]]:
+    ports = Ports()
+    port = ports.take("kafka")
+    spec = local_kafka_spec(kafka_home(), folder, port, ports.take("kafka-controller"))
+    with subprocess.Popen(tied(spec.command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: spec.ready_problem() is None, spec.start_timeout_seconds, "kafka")
+        yield {"bootstrap_servers": f"127.0.0.1:{port}"}
+        process.kill()
+    ports.close()
+
+
+@contextmanager
+def _container_broker() -> Iterator[dict[str, object]]:
+    from testcontainers.kafka import KafkaContainer
+
+    with KafkaContainer().with_kraft() as container:
+        yield {"bootstrap_servers": container.get_bootstrap_server()}
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+    """Settings of section `kafka` for the best broker at hand."""
+    which = _which_broker()
+    if which == "local":
+        with _local_broker(tmp_path_factory.mktemp("kafka")) as settings:
+            yield settings
+    elif which == "container":
+        with _container_broker() as settings:
+            yield settings
+    elif which.startswith("embedded"):
+        with _embedded_broker() as settings:
+            yield settings
+    else:
+        yield {"bootstrap_servers": which}
+
+
 @pytest.fixture(scope="session")
 def embedded_kafka() -> Iterator[dict[str, object]]:
-    """Settings of section `kafka` for an embedded broker in a child process."""
+    """Settings of section `kafka` for an embedded broker in a child process, whatever else is at hand."""
+    with _embedded_broker() as settings:
+        yield settings
+
+
+@contextmanager
+def _embedded_broker() -> Iterator[dict[str, object]]:
     command = tied([sys.executable, "-m", "devstack.kafka_broker"])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -122,13 +191,14 @@ def embedded_kafka() -> Iterator[dict[str, object]]:
 
 
 @pytest.fixture
-def stream_settings(embedded_kafka: dict[str, object], tmp_path: Path) -> Callable[..., Settings]:
+def stream_settings(kafka: dict[str, object], tmp_path: Path) -> Iterator[Callable[..., Settings]]:
     """Makes settings with topics, a group and a project of their own on the shared broker."""
+    made: list[Settings] = []
 
     def make(redis_server: RedisServer, **streams: object) -> Settings:
-        name = f"t{os.getpid()}x{next(_NUMBERS)}"
+        name = f"t{uuid4().hex[:8]}x{next(_NUMBERS)}"
         overrides = {
-            "kafka": {**embedded_kafka, "topic_prefix": name},
+            "kafka": {**kafka, "topic_prefix": name},
             "redis": {"url": redis_server.url},
             "features": {"project": name},
             "registry": {"path": str(tmp_path / "bundles")},
@@ -136,16 +206,21 @@ def stream_settings(embedded_kafka: dict[str, object], tmp_path: Path) -> Callab
                 "group_id": name,
                 "event_log_path": str(tmp_path / "log"),
                 "marker_interval_ms": 20,
-                # The embedded broker lets a returning member wait for this, less a second.
-                "session_timeout_ms": 2000,
+                # The embedded broker lets a returning member wait for this, less a second. Brokers that are not ours
+                # take 6 s at least.
+                "session_timeout_ms": 6000 if os.environ.get("KAFKA_BOOTSTRAP_SERVERS") else 2000,
                 **streams,
             },
         }
         settings = load_settings(overrides=overrides)
         ensure_topics(settings.kafka)
+        made.append(settings)
         return settings
 
-    return make
+    yield make
+    for settings in made:
+        if not settings.kafka.log_id:
+            AdminClient(client_config(settings.kafka)).delete_topics(list(Topics(settings.kafka.topic_prefix).all))
 
 
 class ReaderPart:
@@ -196,8 +271,8 @@ class ReaderPart:
 
 
 @pytest.fixture
-def kafka_producer(embedded_kafka: dict[str, object]) -> Iterator[KafkaProducer]:
-    producer = KafkaProducer(load_settings(overrides={"kafka": embedded_kafka}).kafka)
+def kafka_producer(kafka: dict[str, object]) -> Iterator[KafkaProducer]:
+    producer = KafkaProducer(load_settings(overrides={"kafka": kafka}).kafka)
     yield producer
     producer.close()
 

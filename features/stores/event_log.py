@@ -208,17 +208,20 @@ def stem_of(path: str) -> str:
 
 def user_events(rows: pa.Table) -> Iterator[UserEvent]:
     """Events of `EventLog.events` or `rows(FEEDBACK)` as `features.windows.apply` takes them, in order, cheaply."""
-    texts, numbers = ("user_id", "event_id", "item_id", "kind"), ("value", "confidence")
+    texts, numbers = ("user_id", "event_id", "item_id", "kind", "segment"), ("value", "confidence")
     for batch in rows.select([*texts, "event_time", *numbers, "categories"]).to_batches(max_chunksize=_BATCH_ROWS):
-        users, events, items, kinds = (_texts(batch[name]) for name in texts)
+        users, events, items, kinds, segments = (_texts(batch[name]) for name in texts)
         times = batch["event_time"].cast(pa.int64()).to_numpy().tolist()
         values, confidences = (pc.fill_null(batch[name], 1.0).to_numpy().tolist() for name in numbers)
         hashes = map(stable_hash, events)
         fields = zip(users, hashes, items, kinds, times, values, confidences, _tuples(batch["categories"]), strict=True)
-        yield from map(UserEvent._make, ((*part, None) for part in fields))
+        yield from (UserEvent._make((*part, None, segment)) for part, segment in zip(fields, segments, strict=True))
 
 
 def _texts(column: pa.Array) -> list[str]:
+    """Values of a column; "" where a file is older than the column."""
+    if column.null_count:
+        return [text or "" for text in column.to_pylist()]
     if not pa.types.is_dictionary(column.type):
         return cast(list[str], column.to_pylist())
     words = column.dictionary.to_pylist()

@@ -40,6 +40,7 @@ _REPETITIVE = frozenset(
         "surface",
         "device",
         "session_id",
+        "segment",
         "topic",
         "served_tier",
         "experiment_arm",

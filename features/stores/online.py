@@ -21,6 +21,7 @@ from core.errors import StageError
 from core.settings import RedisSettings
 from features import positions
 from features.definitions import ColumnType, View
+from features.positions import Offsets
 from features.stores.layout import Cell, ViewLayout, decode_cell, decode_time, encode_cell, encode_time, row_key
 
 # KEYS[1] row; ARGV: guard field, bytes expected there ('' = absent), then field, value, field, value...
@@ -31,7 +32,13 @@ redis.call('HSET', KEYS[1], unpack(ARGV, 3))
 return 1
 """
 _COMPARE_AND_SET_SHA = hashlib.sha1(_COMPARE_AND_SET.encode(), usedforsecurity=False).hexdigest().encode()
-# The same, and what the row held else is gone.
+# A whole value: KEYS[1]; what is expected there ('' = absent), what to put there.
+_COMPARE_AND_PUT = """
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+# As for rows, and what the row held else is gone.
 _COMPARE_AND_REPLACE = """
 local seen = redis.call('HGET', KEYS[1], ARGV[1])
 if (seen or '') ~= ARGV[2] then return 0 end
@@ -89,6 +96,7 @@ class OnlineStore:
             redis_connect_func=self._on_connect,
         )
         self._compare_and_replace = self._client.register_script(_COMPARE_AND_REPLACE)
+        self._compare_and_put = self._client.register_script(_COMPARE_AND_PUT)
 
     def ping(self) -> None:
         self._run(self._client.ping)
@@ -163,11 +171,11 @@ class OnlineStore:
             pipeline.delete(row_key(self._project, view.join_keys, key))
         return sum(self._run(pipeline.execute))
 
-    def read_marker(self, partition: int) -> dict[tuple[int, int], int]:
+    def read_marker(self, partition: int) -> Offsets:
         """Per (source, partition) the newest offset up to which all rows are written; empty when unknown."""
         return self.read_markers((partition,))[0]
 
-    def read_markers(self, partitions: Sequence[int]) -> list[dict[tuple[int, int], int]]:
+    def read_markers(self, partitions: Sequence[int]) -> list[Offsets]:
         """Markers of several partitions; one round trip."""
         pipeline: Any = self._client.pipeline(transaction=False)
         for partition in partitions:
@@ -175,8 +183,19 @@ class OnlineStore:
         found = self._run(pipeline.execute)
         return [positions.decode(raw or b"") for raw in found]
 
-    def write_marker(self, partition: int, offsets: dict[tuple[int, int], int]) -> None:
-        self._run(lambda: self._client.set(self._marker_key(partition), positions.encode(offsets)))
+    def write_marker(self, partition: int, offsets: Offsets, expected: Offsets | None = None) -> bool:
+        """Sets the marker; with `expected`, only where it still says so (which tells whether it did)."""
+        key, value = self._marker_key(partition), positions.encode(offsets)
+        if expected is None:
+            return bool(self._run(lambda: self._client.set(key, value)))
+        return bool(self._run(lambda: self._compare_and_put([key], [positions.encode(expected), value])))
+
+    def read_told(self, partition: int) -> Offsets:
+        """Up to where the replicas have been told of a partition's item statistics; may lag behind the marker."""
+        return positions.decode(self._run(lambda: self._client.get(self._told_key(partition))) or b"")
+
+    def write_told(self, partition: int, offsets: Offsets) -> None:
+        self._run(lambda: self._client.set(self._told_key(partition), positions.encode(offsets)))
 
     def keys_of(self, view: View, batch: int = 1000) -> Iterable[str]:
         """Entity values of a single-entity view, by scanning; for sweeps and tools."""
@@ -196,6 +215,9 @@ class OnlineStore:
 
     def _marker_key(self, partition: int) -> str:
         return f"{self._project}:marker:{partition}"
+
+    def _told_key(self, partition: int) -> str:
+        return f"{self._project}:told:{partition}"
 
     def _layout(self, view: View) -> ViewLayout:
         layout = self._layouts.get(view.name)

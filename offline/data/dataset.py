@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from core.errors import ConfigError
 from features.stores.event_log import EventLog, stem_of
-from features.stores.event_rows import EVENTS, LOG_TABLES
+from features.stores.event_rows import EVENTS, LOG_TABLES, USERS
 
 # Told what is being done, and the share of it that is done (0..1).
 Progress = Callable[[str, float], None]
@@ -79,6 +79,8 @@ def write_dataset(
         notes: what the reader of the summary should know.
     """
     log = EventLog(out)
+    if EVENTS.name in tables and USERS.name in tables:
+        tables = {**tables, EVENTS.name: _with_segments(tables[EVENTS.name], tables[USERS.name])}
     for table in LOG_TABLES:
         rows = tables.get(table.name)
         log.replace(table, [rows] if rows is not None and rows.num_rows else [], name)
@@ -149,6 +151,13 @@ def categories_of(items: pa.Table, item_ids: Any) -> pa.Array:
     categories = items["categories"].combine_chunks()
     empty = pa.array([[]], categories.type)
     return pa.concat_arrays([categories, empty]).take(pc.fill_null(where, len(categories)))
+
+
+def _with_segments(events: pa.Table, users: pa.Table) -> pa.Table:
+    """Events with the segment of their users, as ingestion would give it to them."""
+    where = pc.index_in(events["user_id"], value_set=users["user_id"].combine_chunks())
+    segments = pc.fill_null(users["segment"].combine_chunks().take(where.combine_chunks()), "")
+    return events.set_column(events.column_names.index("segment"), EVENTS.schema.field("segment"), segments)
 
 
 def time_text(time_ms: int | None) -> str:

@@ -104,6 +104,7 @@ class Importer:
         self._seen: dict[str, tuple[Path, int]] = {}
         self._made_ids: Counter[int] = Counter()
         self._categories: dict[str, list[str]] = {}
+        self._segments: dict[str, str] = {}
         self._unknown_items = 0
 
     def run(self, paths: Sequence[Path]) -> ImportResult:
@@ -117,6 +118,7 @@ class Importer:
         if self._mapping.kind == "events":
             states = self._log.states(ITEMS).select(["item_id", "categories"])
             self._categories = dict(zip(*(column.to_pylist() for column in states.columns), strict=True))
+            self._segments = {user.user_id: user.segment for user in self._log.users() if user.segment}
         # All files are read before the first is written: an error leaves the log as it was.
         parts = [self._read(path) for path in paths]
         tables = []
@@ -208,6 +210,7 @@ class Importer:
                 message.event_id = self._made_id(message)
             if not message.categories:
                 message.categories.extend(self._categories_of(message.item_id))
+            message.segment = message.segment or self._segments.get(message.user_id, "")
         converter.check(line, message)
         if made:
             return

@@ -12,11 +12,11 @@ from core.settings import load_settings
 
 
 def test_a_record_that_cannot_be_applied_is_left_out_and_the_others_go_on(
-    embedded_kafka: dict[str, Any], kafka_producer: KafkaProducer
+    embedded_kafka: dict[str, Any],
 ) -> None:
     topic = f"follow-{uuid.uuid4().hex}"
     settings = load_settings(overrides={"kafka": embedded_kafka}).kafka
-    applied: list[bytes] = []
+    producer, applied = KafkaProducer(settings), list[bytes]()
 
     def apply(records: list[Record]) -> None:
         for record in records:
@@ -25,16 +25,17 @@ def test_a_record_that_cannot_be_applied_is_left_out_and_the_others_go_on(
             applied.append(record.key)
 
     for key in (b"before", b"poison", b"after"):
-        kafka_producer.send(topic, key, b"value").result(10)
+        producer.send(topic, key, b"value").result(10)
     follower = TopicFollower(settings, [topic], apply)
     follower.start()
     try:
         assert follower.caught_up.wait(30)
         assert {b"before", b"after"} == set(applied)
-        kafka_producer.send(topic, b"later", b"value").result(10)
+        producer.send(topic, b"later", b"value").result(10)
         _until(lambda: b"later" in applied)
     finally:
         follower.stop()
+        producer.close()
 
 
 def test_what_librdkafka_repeats_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,11 +2,31 @@
 
 import threading
 
+import pytest
+
 from core.settings import load_settings
+from features import item_stats
 from features.catalog import Catalog
+from features.item_stats import ItemPartial
+from features.windows import UserEvent
 from headrace.v1.events_pb2 import Item
 
 NOW_MS = 1_780_000_000_000
+
+
+def test_a_segments_items_are_in_the_order_of_its_users() -> None:
+    features = load_settings().features
+    catalog = Catalog(features)
+    for item_id, segments in {"a": "xyy", "b": "xxxy", "c": "y"}.items():
+        partial = ItemPartial()
+        for number, segment in enumerate(segments):
+            item_stats.apply(partial, UserEvent("u", number, item_id, "click", NOW_MS, segment=segment), features)
+        catalog.put_stats(item_stats.as_message(item_id, 0, partial, features))
+    assert catalog.segments() == ["x", "y"]
+    rows, log2 = catalog.segment_popularity("x")
+    assert [catalog.item_ids[row] for row in rows] == ["b", "a"]
+    assert catalog.decayed(log2, NOW_MS).tolist() == pytest.approx([3.0, 1.0], rel=1e-5)
+    assert len(catalog.segment_popularity("nobody")[0]) == 0
 
 
 def test_readers_beside_the_writer_see_columns_of_one_length() -> None:

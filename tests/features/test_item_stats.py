@@ -14,10 +14,13 @@ START_MS = 1_700_000_000_000
 
 events = st.lists(
     st.builds(
-        lambda number, hours, kind: UserEvent("u", number, "a", kind, START_MS + hours * 3_600_000),
+        lambda number, hours, kind, segment: UserEvent(
+            "u", number, "a", kind, START_MS + hours * 3_600_000, segment=segment
+        ),
         st.integers(1, 10**9),
         st.integers(0, 5000),
         st.sampled_from(["click", "impression", "purchase", "strange"]),
+        st.sampled_from(["", "anglers", "campers"]),
     ),
     max_size=40,
 )
@@ -35,6 +38,45 @@ def test_partials_add_up(stream, partitions) -> None:
     for (left_landmark, left), (right_landmark, right) in zip(total.popularity, whole.popularity, strict=True):
         assert left_landmark == right_landmark
         assert left == pytest.approx(right, rel=1e-9)
+    assert_same_segments(total, whole)
+
+
+def assert_same_segments(left: ItemPartial, right: ItemPartial) -> None:
+    assert left.segments.keys() == right.segments.keys()
+    for name, (landmark, total) in left.segments.items():
+        assert right.segments[name] == (landmark, pytest.approx(total, rel=1e-9))
+
+
+def test_a_segment_counts_what_its_users_did_by_the_longest_half_life() -> None:
+    partial, alone = ItemPartial(), ItemPartial()
+    for number, segment in enumerate(["anglers", "campers", "anglers", ""]):
+        event = UserEvent("u", number, "a", "purchase", START_MS + number * 3_600_000, segment=segment)
+        item_stats.apply(partial, event, FEATURES)
+        if segment == "anglers":
+            item_stats.apply(alone, event, FEATURES)
+    assert partial.segments.keys() == {"anglers", "campers"}
+    assert partial.segments["anglers"] == alone.popularity[-1]
+
+
+@given(st.randoms(use_true_random=False))
+def test_too_many_segments_leave_the_same_ones_with_whole_sums_in_any_order(random) -> None:
+    stream = [
+        UserEvent("u", number, "a", "click", START_MS + number * 60_000, segment=f"segment-{number % 100}")
+        for number in range(300)
+    ]
+    shuffled = list(stream)
+    random.shuffle(shuffled)
+    left, right, alone = ItemPartial(), ItemPartial(), ItemPartial()
+    for one, other in zip(stream, shuffled, strict=True):
+        item_stats.apply(left, one, FEATURES)
+        item_stats.apply(right, other, FEATURES)
+    assert len(left.segments) == item_stats.SEGMENTS_MAX
+    assert_same_segments(left, right)
+    kept = next(iter(left.segments))
+    for event in stream:
+        if event.segment == kept:
+            item_stats.apply(alone, event, FEATURES)
+    assert_same_segments(ItemPartial(segments={kept: left.segments[kept]}), alone)
 
 
 @given(events)

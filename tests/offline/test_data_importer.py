@@ -196,6 +196,15 @@ def test_events_take_the_categories_of_items_that_are_there(tmp_path: Path, log:
     assert result.summary.notes[0].startswith("1 events are of items that the log does not have")
 
 
+def test_events_take_the_segment_of_users_that_are_there(tmp_path: Path, log: Path) -> None:
+    users = put(tmp_path / "u.csv", "user_id,segment\nu1,anglers\n")
+    run(log, users, kind="users")
+    run(log, put(tmp_path / "e.csv", EVENTS_CSV), kind="events", fields={"item_id": "sku"})
+    segments = {event.user_id: event.segment for event in events_of(log)}
+    assert segments.pop("u1") == "anglers"
+    assert set(segments.values()) == {""}
+
+
 def test_the_same_file_again_replaces(tmp_path: Path, log: Path) -> None:
     file = put(tmp_path / "e.csv", EVENTS_CSV)
     run(log, file, kind="events")

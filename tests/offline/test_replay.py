@@ -10,11 +10,12 @@ from core.settings import load_settings
 from features import item_stats, windows
 from features.catalog import Catalog
 from features.item_stats import ItemPartial
-from features.stores.event_log import EventLog
+from features.stores.event_log import EventLog, user_events
 from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, to_table
 from features.windows import UserEvent, UserState
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item
-from offline.logs import read_items, segments_of
+from offline.logs import read_items
+from offline.popularity import popularity_lists
 from offline.replay import LOG_PARTITION, Replay, Shown, read_entries
 
 DAY = 86_400_000
@@ -124,10 +125,12 @@ def test_items_that_only_events_name_come_after_the_catalogue_in_any_order_of_re
 
 
 def test_segments_are_counted_apart(features):
-    replay = Replay(ITEMS, features, {"a": "anglers"})
-    replay.advance([event(1, "a"), event(2, "b")])
+    replay = Replay(ITEMS, features)
+    replay.advance([event(1, "a")._replace(segment="anglers"), event(2, "b")])
     assert replay.partials["i0"].revision == 2
-    assert replay.segment_partials["anglers"]["i0"].revision == 1
+    assert replay.partials["i0"].segments.keys() == {"anglers"}
+    lists = popularity_lists(replay, replay.watermark_ms, load_settings())
+    assert [item_id for item_id, _ in lists["segments"]["anglers"]] == ["i0"]
 
 
 def test_events_feedback_and_lists_come_in_one_order_of_time(tmp_path):
@@ -156,5 +159,8 @@ def test_events_feedback_and_lists_come_in_one_order_of_time(tmp_path):
     assert [entry.time_ms for entry in read_entries(log, START + 2, START + 4)] == [START + 2, START + 3]
 
 
-def test_segments_of_the_simulated_shop_are_read(shop):
-    assert set(segments_of(shop)) <= {user.user_id for user in shop.users()}
+def test_events_of_the_simulated_shop_have_the_segment_of_their_user(shop):
+    segments = {user.user_id: user.segment for user in shop.users()}
+    events = list(user_events(shop.events()))
+    assert any(event.segment for event in events)
+    assert all(event.segment == segments[event.user_id] for event in events)

@@ -11,12 +11,14 @@ from candidate.towers import load_towers
 from core import bundle as names
 from core.bundle import open_bundle, open_current
 from core.clock import ManualClock
+from core.codec import from_ms
 from core.errors import ConfigError, RecommenderError
 from core.settings import load_settings
 from features import vectors
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
-from features.stores.event_rows import EVENTS, IMPRESSIONS, ITEMS, USERS
+from features.stores.event_rows import EVENTS, IMPRESSIONS, ITEMS, USERS, Source, to_table
+from headrace.v1.events_pb2 import Event, Item
 from offline import train as training
 from offline.batch_scores import read_batch_scores
 from offline.cli import app
@@ -175,3 +177,23 @@ def test_the_command_prints_json(shop, registry, bundle, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["bundle_version"] == bundle.version
+
+
+def test_statistics_of_streamed_events_are_kept_apart_by_partition(tmp_path, quick) -> None:
+    """The stream broadcasts whole rows per partition: what a replica has from the bundle is replaced, not added to."""
+    log = EventLog(tmp_path / "log")
+    items = [Item(item_id=f"i{n}", categories=["c"]) for n in range(12)]
+    log.write(ITEMS, to_table(ITEMS, items), "items")
+    events = [
+        Event(event_id=f"e{n}", user_id=f"u{n % 9}", item_id=f"i{n % 12}", kind="click",
+              event_time=from_ms(1_700_000_000_000 + n * 1000))
+        for n in range(240)
+    ]  # fmt: skip
+    places = [Source("headrace.events.v1", 2, offset, 1_700_000_000_000) for offset in range(120)]
+    log.write(EVENTS, to_table(EVENTS, events[:120]), "import")
+    log.write(EVENTS, to_table(EVENTS, events[120:], places), f"{7:016x}-p2-{0:012d}-{119:012d}")
+    bundle = train(tmp_path / "log", tmp_path / "bundles", quick, progress=False)
+    counted = {-1: 0, 2: 0}
+    for stats in bundle.item_stats():
+        counted[stats.source_partition] += stats.revision
+    assert counted == {-1: 120, 2: 120}

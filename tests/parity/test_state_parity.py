@@ -192,12 +192,10 @@ def test_what_a_dead_worker_did_not_tell_the_replicas_is_told_by_the_next(
     sent = draw(topics, 300, seed=6)
     written = send(kafka_producer, sent.messages)
     dead = start_reader(settings)
-    # Killed between the rows and the broadcast: it posts nothing, and leaves no marker.
-    dead.reader._broadcast.tick = lambda **_: None
+    # Killed between the marker and the broadcast: it posts nothing.
+    dead.reader._broadcast.tick = lambda **_: False
     dead.wait_for(written)
     dead.stop()
-    for partition in PARTITIONS:
-        shared_redis.client().delete(f"{settings.features.project}:marker:{partition}")
     told: dict[bytes, bytes] = {}
     follower = TopicFollower(
         settings.kafka, [topics.item_stats], lambda records: told.update((r.key, r.value) for r in records)
@@ -274,6 +272,21 @@ def test_redis_comes_back_without_its_newest_rows(own_redis, stream_settings, st
     own_redis.start()
     written += send(kafka_producer, sent.messages[2 * third :])
     part.wait_for(written)
+    assert_store_equals_single_pass(settings, sent)
+
+
+def test_no_marker_is_left_in_a_redis_that_was_emptied_before_it(
+    own_redis, stream_settings, start_reader, kafka_producer
+) -> None:
+    settings = stream_settings(own_redis, marker_interval_ms=600_000)
+    sent = draw(Topics(settings.kafka.topic_prefix), 300, seed=11)
+    part = start_reader(settings)
+    written = send(kafka_producer, sent.messages)
+    part.wait_for(written)
+    own_redis.client().flushall()
+    # Its end writes markers.
+    part.stop()
+    start_reader(settings).wait_for(written)
     assert_store_equals_single_pass(settings, sent)
 
 

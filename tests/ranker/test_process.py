@@ -134,14 +134,14 @@ def test_it_serves_without_kafka_swaps_and_stops_cleanly(start: Start, make_bund
 
 
 def test_news_of_the_item_topic_arrive_while_it_serves(
-    start: Start, make_bundle: MakeBundle, embedded_kafka: dict[str, object], kafka_producer: KafkaProducer
+    start: Start, make_bundle: MakeBundle, kafka: dict[str, object], kafka_producer: KafkaProducer
 ) -> None:
     make_bundle()
     prefix = f"ranker{os.getpid()}"
-    kafka = load_settings(overrides={"kafka": {**embedded_kafka, "topic_prefix": prefix}}).kafka
-    ensure_topics(kafka)
+    settings = load_settings(overrides={"kafka": {**kafka, "topic_prefix": prefix}}).kafka
+    ensure_topics(settings)
     names = ("bootstrap_servers", "log_id", "fetch_wait_max_ms", "topic_prefix")
-    ranker = start(**{f"HEADRACE_KAFKA__{name.upper()}": str(getattr(kafka, name)) for name in names})
+    ranker = start(**{f"HEADRACE_KAFKA__{name.upper()}": str(getattr(settings, name)) for name in names})
     wait_until(ranker.is_ready, 60, "ready")
 
     def unknown() -> float:

@@ -14,7 +14,7 @@ from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item
 from headrace.v1.ingest_service_pb2 import SendEventsRequest, SendFeedbackRequest
 from headrace.v1.types_pb2 import ItemFilter
 
-from .conftest import NOWHERE, click, item_id, until
+from .conftest import NOWHERE, angler, click, item_id, until
 from .test_tiers import ask, ids, tier
 
 
@@ -50,6 +50,30 @@ async def test_events_are_in_kafka_when_acknowledged(house) -> None:
     assert (message.key(), event.event_id) == (b"ada", "e1")
     # item-005 is soap; the producer did not say so.
     assert event.categories == ["soap"]
+
+
+async def test_events_take_the_segment_of_their_users_profile(house) -> None:
+    house.put_user(profile=angler())
+    _, ingest = await house.open()
+    sent = [click(1, "a", "ada"), click(1, "b", "ada", segment="own"), click(1, "c", "stranger")]
+    response = await ingest.SendEvents(SendEventsRequest(events=sent))
+    found = {}
+    for result in response.results:
+        token = result.token
+        (message,) = await asyncio.to_thread(read, house, token.topic, token.partition, token.offset)
+        found[result.event_id] = Event.FromString(message.value()).segment
+    assert found == {"a": "anglers", "b": "own", "c": ""}
+
+
+@pytest.mark.parametrize("how", ["stop_redis", "freeze_redis"])
+async def test_without_redis_events_are_taken_without_a_segment(house, how) -> None:
+    house.put_user(profile=angler())
+    _, ingest = await house.open()
+    getattr(house, how)()
+    response = await ingest.SendEvents(SendEventsRequest(events=[click(1, "a", "ada")]), timeout=2)
+    token = response.results[0].token
+    (message,) = await asyncio.to_thread(read, house, token.topic, token.partition, token.offset)
+    assert Event.FromString(message.value()).segment == ""
 
 
 async def test_feedback_goes_to_its_own_topic(house) -> None:

@@ -27,10 +27,10 @@ def catalog():
     return catalog
 
 
-def like(catalog, item_id, times, time_ms=YEARS_AGO_MS) -> None:
+def like(catalog, item_id, times, time_ms=YEARS_AGO_MS, segment="") -> None:
     partial = item_stats.ItemPartial()
     for n in range(times):
-        item_stats.apply(partial, UserEvent("u", n, item_id, "click", time_ms), FEATURES)
+        item_stats.apply(partial, UserEvent("u", n, item_id, "click", time_ms, segment=segment), FEATURES)
     catalog.put_stats(item_stats.as_message(item_id, 0, partial, FEATURES))
 
 
@@ -66,6 +66,19 @@ def test_a_refresh_takes_in_what_the_catalogue_has_learned(catalog) -> None:
     assert segment is not None
     assert (segment.rows.tolist(), segment.scores.tolist()) == ([2, 4], [1.0, 0.5])
     assert lists.segment("none") is None
+
+
+def test_a_segments_list_is_what_its_users_did_lately_then_the_bundles(catalog) -> None:
+    lists = PopularLists(catalog, {"all": [["i1", 1.0]], "segments": {"s": [["i2", 2.0], ["i4", 1.0]]}})
+    like(catalog, "i4", 2, segment="s")
+    like(catalog, "i6", 1, segment="s")
+    like(catalog, "i9", 5, segment="t")
+    lists.refresh()
+    segment, new = lists.segment("s"), lists.segment("t")
+    assert segment is not None
+    assert new is not None
+    assert (segment.rows.tolist(), segment.scores.tolist()) == ([4, 6, 2], [1.0, 0.5, 0.0])
+    assert new.rows.tolist() == [9]
 
 
 @pytest.mark.parametrize("raw", [{}, [], {"all": [["i1"]], "segments": {}}, {"all": [], "segments": []}, {"all": 3}])

@@ -115,3 +115,14 @@ def test_feedback_and_events_have_positions_of_their_own() -> None:
     count(partial, changes.items["i", 0], FEATURES)
     assert partial.revision == states["u"].revision == 2
     assert partial.offsets == {(SOURCES[TOPICS.events], 0): 9, (SOURCES[TOPICS.feedback], 0): 3}
+
+
+def test_late_events_and_those_before_a_full_horizon_are_counted() -> None:
+    features = FEATURES.model_copy(update={"history_length": 2, "duplicate_horizon": 3})
+    times = [100, 200, 150, 300, 400, 500, 1]
+    batch = [
+        decode(raw(event(event_id=f"e{n}", event_time=from_ms(NOW_MS + ms)), offset=n), TOPICS, SOURCES)
+        for n, ms in enumerate(times)
+    ]
+    changes = apply(batch, {"u": UserState()}, features)
+    assert (changes.late, changes.outside_horizon) == (2, 1)

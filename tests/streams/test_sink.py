@@ -16,6 +16,7 @@ from streams.sink import EventLogSink
 
 NOW_MS = 1_700_000_000_000
 TOPIC = Topics().events
+GOING_ON = threading.Event()
 
 
 @pytest.fixture
@@ -45,9 +46,24 @@ def test_a_few_large_rows_are_written_before_they_fill_the_memory(start_sink, mo
     monkeypatch.setattr(sink, "_BUFFERED_BYTES", 3_000_000)
     started = start_sink()
     for offset in range(10):
-        started.add(TOPIC, 0, offset, [row(offset, 900_000)])
+        started.add(TOPIC, 0, offset, [row(offset, 900_000)], GOING_ON)
     # Far below the count and the time that a file waits for.
     assert started.written(TOPIC, 0) >= 3
+
+
+def test_a_reader_that_stops_does_not_wait_for_a_log_that_is_full(start_sink, monkeypatch) -> None:
+    def fail(*_):
+        raise OverflowError("never")
+
+    monkeypatch.setattr(event_rows, "to_table", fail)
+    monkeypatch.setattr(sink, "_RETRY_SECONDS", 0.01)
+    started = start_sink(event_log_max_events=1)
+    stopping = threading.Event()
+    for offset in range(4):
+        assert started.add(TOPIC, 0, offset, [row(offset)], stopping)
+    threading.Timer(0.1, stopping.set).start()
+    assert not started.add(TOPIC, 0, 4, [row(4)], stopping)
+    monkeypatch.undo()
 
 
 def test_what_cannot_be_written_is_tried_again_and_ends_no_thread(start_sink, monkeypatch, tmp_path) -> None:
@@ -62,7 +78,7 @@ def test_what_cannot_be_written_is_tried_again_and_ends_no_thread(start_sink, mo
 
     monkeypatch.setattr(event_rows, "to_table", fail_at_first)
     started = start_sink(event_log_interval_ms=1)
-    started.add(TOPIC, 0, 0, [row(0)])
+    started.add(TOPIC, 0, 0, [row(0)], GOING_ON)
     assert tried.wait(10)
     broken = False
     started.add(TOPIC, 0, 1, [row(1)])

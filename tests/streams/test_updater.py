@@ -33,6 +33,8 @@ class Encoder(CandidateServiceServicer):
 
     def __init__(self) -> None:
         self.version = "towers-1"
+        # So many calls meet a full queue.
+        self.full = 0
         self.calls: list[list[str]] = []
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
@@ -41,6 +43,9 @@ class Encoder(CandidateServiceServicer):
         self.entered.set()
         self.gate.wait(10)
         self.calls.append([user.user_id for user in request.users])
+        if self.full:
+            self.full -= 1
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         if any(user.user_id.startswith("bad") for user in request.users):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "users: not a state")
         response = pb.EncodeUsersResponse(embedding_version=self.version)
@@ -144,6 +149,15 @@ def test_a_burst_of_events_of_one_user_costs_few_encodings(house, service) -> No
         updater.mark({"u"})
     wait_until(lambda: house.vector("u")[2] == 39)
     assert len(service.encoder.calls) <= 5
+
+
+def test_a_full_queue_is_waited_for_and_no_user_is_lost(house, service) -> None:
+    service.encoder.full = 3
+    house.put("a", "b")
+    updater = house.start()
+    updater.mark(["a", "b"])
+    wait_until(lambda: house.vector("a")[2] == 1 and house.vector("b")[2] == 1)
+    assert service.encoder.full == 0
 
 
 def test_batches_are_bounded(house, service) -> None:

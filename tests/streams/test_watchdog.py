@@ -1,5 +1,7 @@
 """A partition that has messages and does not move is noticed."""
 
+from prometheus_client import REGISTRY
+
 from core.clock import ManualClock
 from core.settings import load_settings
 from streams.watchdog import Bounds, Watchdog
@@ -54,6 +56,19 @@ def test_what_moves_again_or_belongs_to_another_worker_is_forgotten() -> None:
     assert dog.problem() is not None
     dog.look({A: Bounds(0, 10)}, {A: 5})
     assert dog.problem() is None
+
+
+def test_a_worker_that_has_lost_its_partitions_is_no_longer_stalled_and_tells_no_lag() -> None:
+    clock = ManualClock()
+    dog = watchdog(clock)
+    for _ in range(2):
+        dog.look({A: Bounds(0, 10)}, {A: 4})
+        clock.advance(2000)
+    assert dog.problem() is not None
+    assert REGISTRY.get_sample_value("headrace_streams_lag", {"topic": "t", "partition": "0"}) == 5
+    dog.look({}, {})
+    assert dog.problem() is None
+    assert REGISTRY.get_sample_value("headrace_streams_lag", {"topic": "t", "partition": "0"}) is None
 
 
 def test_messages_that_kafka_no_longer_has_are_no_lag() -> None:

@@ -59,6 +59,7 @@ class Event(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     CATEGORIES_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Unique per event, 1..128 characters. The same id again, inside the duplicate horizon, is dropped."""
     user_id: _builtins.str
@@ -74,6 +75,10 @@ class Event(_message.Message):
     surface: _builtins.str
     device: _builtins.str
     session_id: _builtins.str
+    segment: _builtins.str
+    """Segment of the user as known when the event was made (filled in likewise), at most 64 characters: statistics of
+    items count it apart, for what is popular in the segment.
+    """
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When it happened, on the producer's clock. Required."""
@@ -101,10 +106,11 @@ class Event(_message.Message):
         session_id: _builtins.str = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         categories: _abc.Iterable[_builtins.str] | None = ...,
+        segment: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_value", b"_value", "confidence", b"confidence", "event_time", b"event_time", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_value", b"_value", "categories", b"categories", "confidence", b"confidence", "device", b"device", "event_id", b"event_id", "event_time", b"event_time", "item_id", b"item_id", "kind", b"kind", "session_id", b"session_id", "surface", b"surface", "tags", b"tags", "user_id", b"user_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_value", b"_value", "categories", b"categories", "confidence", b"confidence", "device", b"device", "event_id", b"event_id", "event_time", b"event_time", "item_id", b"item_id", "kind", b"kind", "segment", b"segment", "session_id", b"session_id", "surface", b"surface", "tags", b"tags", "user_id", b"user_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__confidence: _TypeAlias = _typing.Literal["confidence"]  # noqa: Y015
     _WhichOneofArgType__confidence: _TypeAlias = _typing.Literal["_confidence", b"_confidence"]  # noqa: Y015
@@ -156,6 +162,7 @@ class Feedback(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     CATEGORIES_FIELD_NUMBER: _builtins.int
     RECOMMENDATION_ID_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     user_id: _builtins.str
     item_id: _builtins.str
@@ -168,6 +175,8 @@ class Feedback(_message.Message):
     session_id: _builtins.str
     recommendation_id: _builtins.str
     """The answer that this is the outcome of."""
+    segment: _builtins.str
+    """As in Event."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -190,10 +199,11 @@ class Feedback(_message.Message):
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         categories: _abc.Iterable[_builtins.str] | None = ...,
         recommendation_id: _builtins.str = ...,
+        segment: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_value", b"_value", "confidence", b"confidence", "event_time", b"event_time", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_value", b"_value", "categories", b"categories", "confidence", b"confidence", "device", b"device", "event_id", b"event_id", "event_time", b"event_time", "item_id", b"item_id", "kind", b"kind", "recommendation_id", b"recommendation_id", "session_id", b"session_id", "surface", b"surface", "tags", b"tags", "user_id", b"user_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_value", b"_value", "categories", b"categories", "confidence", b"confidence", "device", b"device", "event_id", b"event_id", "event_time", b"event_time", "item_id", b"item_id", "kind", b"kind", "recommendation_id", b"recommendation_id", "segment", b"segment", "session_id", b"session_id", "surface", b"surface", "tags", b"tags", "user_id", b"user_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__confidence: _TypeAlias = _typing.Literal["confidence"]  # noqa: Y015
     _WhichOneofArgType__confidence: _TypeAlias = _typing.Literal["_confidence", b"_confidence"]  # noqa: Y015
@@ -619,6 +629,7 @@ class ItemStats(_message.Message):
     WATERMARK_MS_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
     POPULARITY_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     source_partition: _builtins.int
     revision: _builtins.int
@@ -635,6 +646,10 @@ class ItemStats(_message.Message):
         decayed_sum * 2^(landmark - now / half_life).
         """
 
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentSum]:
+        """The sum of the longest half-life, per segment of users; of at most 64 segments."""
+
     def __init__(
         self,
         *,
@@ -645,10 +660,11 @@ class ItemStats(_message.Message):
         watermark_ms: _builtins.int = ...,
         kinds: _abc.Iterable[Global___KindStats] | None = ...,
         popularity: _abc.Iterable[Global___DecayedSum] | None = ...,
+        segments: _abc.Iterable[Global___SegmentSum] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "kinds", b"kinds", "offsets", b"offsets", "popularity", b"popularity", "revision", b"revision", "source_partition", b"source_partition", "watermark_ms", b"watermark_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "kinds", b"kinds", "offsets", b"offsets", "popularity", b"popularity", "revision", b"revision", "segments", b"segments", "source_partition", b"source_partition", "watermark_ms", b"watermark_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -707,6 +723,33 @@ class DecayedSum(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecayedSum: _TypeAlias = DecayedSum  # noqa: Y015
+
+@_typing.final
+class SegmentSum(_message.Message):
+    """A forward-decayed sum, as in DecayedSum, over the events of one segment of users."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    LANDMARK_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
+    segment: _builtins.str
+    landmark: _builtins.int
+    sum: _builtins.float
+    def __init__(
+        self,
+        *,
+        segment: _builtins.str = ...,
+        landmark: _builtins.int = ...,
+        sum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["landmark", b"landmark", "segment", b"segment", "sum", b"sum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SegmentSum: _TypeAlias = SegmentSum  # noqa: Y015
 
 @_typing.final
 class SourceOffset(_message.Message):
