@@ -280,17 +280,18 @@ class BatchReader:
         starts: list[TopicPartition] = []
         targets: dict[Where, int] = {}
         for partition in waiting:
-            marker, told = self._rows.read_marker(partition), self._rows.read_told(partition)
+            marker = self._rows.claim(partition, self._sources.values())
+            told = self._rows.read_told(partition)
             for topic in self._topics.user_keyed:
                 source = self._sources[topic]
                 marked = written = marker.get((source, partition), -1)
                 if self._sink is not None:
                     written = self._sink.open(topic, source, partition)
                 # Whoever wrote the rows may have died before the replicas were told: a replay tells them again.
-                done = min(marked, written, told.get((source, partition), marked))
+                done = min(marked, written, marked if told is None else told.get((source, partition), -1))
                 starts.append(TopicPartition(topic, partition, done + 1 if done >= 0 else OFFSET_BEGINNING))
                 targets[topic, partition] = marked
-                self._processed[topic, partition] = done
+                self._processed[topic, partition] = self._told[topic, partition] = done
         self._placed.update(waiting)
         self._targets.update(targets)
         self._backoff_seconds = _BACKOFF_SECONDS[0]

@@ -84,9 +84,14 @@ class Rows:
         # Partitions of rows that were just read, until the store has proved to be the one that was written to.
         self._unproven: set[int] = set()
 
-    def read_marker(self, partition: int) -> Offsets:
-        """The partition's marker, which from now on is expected to stay as this worker leaves it."""
+    def claim(self, partition: int, sources: Iterable[int]) -> Offsets:
+        """The partition's marker, which from now on is expected to stay as this worker leaves it.
+
+        Where there is none, one that says so is set: a store that is emptied later is then known by its absence.
+        """
         self._markers[partition] = self._store.read_marker(partition)
+        if not self._markers[partition]:
+            self.write_marker(partition, {(source, partition): -1 for source in sources})
         return self._markers[partition]
 
     def write_marker(self, partition: int, offsets: Offsets) -> None:
@@ -99,8 +104,8 @@ class Rows:
                 raise RowsChangedError(f"the marker of partition {partition}")
             self._markers[partition] = marker
 
-    def read_told(self, partition: int) -> Offsets:
-        """Up to where the replicas have been told of the partition's item statistics."""
+    def read_told(self, partition: int) -> Offsets | None:
+        """Up to where the replicas have been told of the partition's item statistics; None where nobody said."""
         return self._store.read_told(partition)
 
     def write_told(self, partition: int, offsets: Offsets) -> None:

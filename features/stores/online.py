@@ -190,9 +190,13 @@ class OnlineStore:
             return bool(self._run(lambda: self._client.set(key, value)))
         return bool(self._run(lambda: self._compare_and_put([key], [positions.encode(expected), value])))
 
-    def read_told(self, partition: int) -> Offsets:
-        """Up to where the replicas have been told of a partition's item statistics; may lag behind the marker."""
-        return positions.decode(self._run(lambda: self._client.get(self._told_key(partition))) or b"")
+    def read_told(self, partition: int) -> Offsets | None:
+        """Up to where the replicas have been told of a partition's item statistics; may lag behind the marker.
+
+        None where no worker has said so yet.
+        """
+        raw = self._run(lambda: self._client.get(self._told_key(partition)))
+        return None if raw is None else positions.decode(raw)
 
     def write_told(self, partition: int, offsets: Offsets) -> None:
         self._run(lambda: self._client.set(self._told_key(partition), positions.encode(offsets)))

@@ -1,6 +1,7 @@
 """Training makes a whole bundle, once; what was finished is not done again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,13 +19,13 @@ from features import vectors
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, IMPRESSIONS, ITEMS, USERS, Source, to_table
-from headrace.v1.events_pb2 import Event, Item
+from headrace.v1.events_pb2 import Event
 from offline import train as training
 from offline.batch_scores import read_batch_scores
 from offline.cli import app
 from offline.logs import read_items
 from offline.models import Models, read_item_vectors
-from offline.replay import read_entries
+from offline.replay import Replay, read_entries
 from offline.train import train
 
 TINY = {"offline": {"dimension": 8, "max_epochs": 1, "ranker_epochs": 1, "ranker_max_rows": 1000}}
@@ -179,21 +180,20 @@ def test_the_command_prints_json(shop, registry, bundle, tmp_path):
     assert json.loads(result.stdout)["bundle_version"] == bundle.version
 
 
-def test_statistics_of_streamed_events_are_kept_apart_by_partition(tmp_path, quick) -> None:
+def test_statistics_of_streamed_events_are_kept_apart_by_partition(tmp_path, shop, quick) -> None:
     """The stream broadcasts whole rows per partition: what a replica has from the bundle is replaced, not added to."""
-    log = EventLog(tmp_path / "log")
-    items = [Item(item_id=f"i{n}", categories=["c"]) for n in range(12)]
-    log.write(ITEMS, to_table(ITEMS, items), "items")
+    shutil.copytree(shop.root, tmp_path / "log")
+    log, last_ms = EventLog(tmp_path / "log"), max(entry.time_ms for entry in read_entries(shop))
+    item_id = read_items(shop)[0].item_id
     events = [
-        Event(event_id=f"e{n}", user_id=f"u{n % 9}", item_id=f"i{n % 12}", kind="click",
-              event_time=from_ms(1_700_000_000_000 + n * 1000))
-        for n in range(240)
-    ]  # fmt: skip
-    places = [Source("headrace.events.v1", 2, offset, 1_700_000_000_000) for offset in range(120)]
-    log.write(EVENTS, to_table(EVENTS, events[:120]), "import")
-    log.write(EVENTS, to_table(EVENTS, events[120:], places), f"{7:016x}-p2-{0:012d}-{119:012d}")
-    bundle = train(tmp_path / "log", tmp_path / "bundles", quick, progress=False)
-    counted = {-1: 0, 2: 0}
-    for stats in bundle.item_stats():
-        counted[stats.source_partition] += stats.revision
-    assert counted == {-1: 120, 2: 120}
+        Event(event_id=f"e{n}", user_id="u", item_id=item_id, kind="click", event_time=from_ms(last_ms + n))
+        for n in range(5)
+    ]
+    places = [Source("headrace.events.v1", 2, offset, last_ms) for offset in range(5)]
+    log.write(EVENTS, to_table(EVENTS, events, places), f"{7:016x}-p2-{0:012d}-{4:012d}")
+    stats = list(train(log.root, tmp_path / "bundles", quick, progress=False).item_stats())
+    assert {(one.item_id, one.revision) for one in stats if one.source_partition == 2} == {(item_id, 5)}
+    before = Replay(read_items(shop), quick.features)
+    before.advance(read_entries(shop))
+    imported = {one.item_id: one.revision for one in stats if one.source_partition == -1}
+    assert imported == {name: partial.revision for name, partial in before.partials.items()}

@@ -2,9 +2,11 @@
 
 import pytest
 
+from streams.consumer import session_ms
+
 
 @pytest.mark.parametrize(
-    ("take_over_ms", "session_ms"), [(10_000, 8000), (45_000, 36_000), (7000, 6000), (6000, 6000), (2000, 2000)]
+    ("take_over_ms", "expected_ms"), [(10_000, 8000), (45_000, 36_000), (7000, 6000), (6000, 6000), (2000, 2000)]
 )
-def test_the_session_leaves_time_to_take_over_but_is_no_shorter_than_brokers_allow(take_over_ms, session_ms) -> None:
-    assert session_ms(take_over_ms) == session_ms
+def test_the_session_leaves_time_to_take_over_but_is_no_shorter_than_brokers_allow(take_over_ms, expected_ms) -> None:
+    assert session_ms(take_over_ms) == expected_ms

@@ -81,7 +81,7 @@ def test_what_cannot_be_written_is_tried_again_and_ends_no_thread(start_sink, mo
     started.add(TOPIC, 0, 0, [row(0)], GOING_ON)
     assert tried.wait(10)
     broken = False
-    started.add(TOPIC, 0, 1, [row(1)])
+    started.add(TOPIC, 0, 1, [row(1)], GOING_ON)
     started.stop()
     assert EventLog(tmp_path / "log").events()["event_id"].to_pylist() == ["e0", "e1"]
     assert started.written(TOPIC, 0) == 1
