@@ -62,7 +62,9 @@ class QuietTopic:
         sink: EventLogSink | None,
         source: int,
         stopping: threading.Event,
+        on_acknowledged: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
+        self._on_acknowledged = on_acknowledged
         self._processor = processor
         self._dead_letters = dead_letters
         self._sink = sink
@@ -89,6 +91,7 @@ class QuietTopic:
                 return
             self._unacknowledged.popleft()
             await stream.ack(event)
+            self._on_acknowledged(message.topic, message.partition, message.offset)
 
     def _handle(self, messages: Sequence[RawMessage]) -> bool:
         """Rows, letters, event log. Waits out a store that is away; False when the worker stops before the end."""

@@ -27,6 +27,7 @@ from streams.dead_letters import DeadLetters
 from streams.popularity import PopularityWriter
 from streams.profiles import Erasing, ProfileProcessor
 from streams.reader import BatchReader
+from streams.refill import ProfileRefill
 from streams.rows import Rows
 from streams.sink import EventLogSink
 from streams.topic_ends import TopicEnds
@@ -77,7 +78,7 @@ class Worker:
     ) -> None:
         streams, topics = settings.streams, Topics(settings.kafka.topic_prefix)
         # A store is for one thread.
-        stores = [OnlineStore(settings.redis, settings.features.project) for _ in range(5)]
+        stores = [OnlineStore(settings.redis, settings.features.project) for _ in range(6)]
         letters = DeadLetters(producer)
         self.sink = EventLogSink(streams, topics) if streams.event_log_path else None
         records = Erasures(streams.event_log_path) if streams.event_log_path else None
@@ -98,12 +99,20 @@ class Worker:
         self.parts: list[Any] = [self.watchdog, self.popularity, self.updater, self.reader]
         if self.sink is not None:
             self.parts.insert(0, self.sink)
-        items = ProfileProcessor(ITEM_PROFILE, stores[3], sources)
         erasing = Erasing(TopicEnds(settings.kafka, sources), records, self.updater.forget)
-        users = ProfileProcessor(USER_PROFILE, stores[4], sources, erasing)
+
+        def processors(for_items: OnlineStore, for_users: OnlineStore) -> dict[str, ProfileProcessor]:
+            return {
+                topics.items: ProfileProcessor(ITEM_PROFILE, for_items, sources),
+                topics.users: ProfileProcessor(USER_PROFILE, for_users, sources, erasing),
+            }
+
+        # All on the thread of the refill.
+        self.refill = ProfileRefill(settings, stores[5], processors(stores[5], stores[5]), sources)
+        self.parts.append(self.refill)
         self.quiet_topics = {
-            topics.items: QuietTopic(items, letters, self.sink, sources[topics.items], stopping),
-            topics.users: QuietTopic(users, letters, self.sink, sources[topics.users], stopping),
+            topic: QuietTopic(processor, letters, self.sink, sources[topic], stopping, self.refill.acknowledged)
+            for topic, processor in processors(stores[3], stores[4]).items()
         }
 
 

@@ -106,10 +106,10 @@ class Rows:
 
     def read_told(self, partition: int) -> Offsets | None:
         """Up to where the replicas have been told of the partition's item statistics; None where nobody said."""
-        return self._store.read_told(partition)
+        return self._store.read_positions(f"told:{partition}")
 
     def write_told(self, partition: int, offsets: Offsets) -> None:
-        self._store.write_told(partition, offsets)
+        self._store.write_positions(f"told:{partition}", offsets)
 
     def drop(self, partitions: Iterable[int] | None = None) -> None:
         """Forgets the rows of some partitions, or everything."""

@@ -185,21 +185,16 @@ class OnlineStore:
 
     def write_marker(self, partition: int, offsets: Offsets, expected: Offsets | None = None) -> bool:
         """Sets the marker; with `expected`, only where it still says so (which tells whether it did)."""
-        key, value = self._marker_key(partition), positions.encode(offsets)
-        if expected is None:
-            return bool(self._run(lambda: self._client.set(key, value)))
-        return bool(self._run(lambda: self._compare_and_put([key], [positions.encode(expected), value])))
+        return self._put(self._marker_key(partition), offsets, expected)
 
-    def read_told(self, partition: int) -> Offsets | None:
-        """Up to where the replicas have been told of a partition's item statistics; may lag behind the marker.
-
-        None where no worker has said so yet.
-        """
-        raw = self._run(lambda: self._client.get(self._told_key(partition)))
+    def read_positions(self, name: str) -> Offsets | None:
+        """What is kept under a name beside the markers; None where nothing is."""
+        raw = self._run(lambda: self._client.get(f"{self._project}:{name}"))
         return None if raw is None else positions.decode(raw)
 
-    def write_told(self, partition: int, offsets: Offsets) -> None:
-        self._run(lambda: self._client.set(self._told_key(partition), positions.encode(offsets)))
+    def write_positions(self, name: str, offsets: Offsets, expected: Offsets | None = None) -> bool:
+        """As `write_marker`."""
+        return self._put(f"{self._project}:{name}", offsets, expected)
 
     def keys_of(self, view: View, batch: int = 1000) -> Iterable[str]:
         """Entity values of a single-entity view, by scanning; for sweeps and tools."""
@@ -220,8 +215,11 @@ class OnlineStore:
     def _marker_key(self, partition: int) -> str:
         return f"{self._project}:marker:{partition}"
 
-    def _told_key(self, partition: int) -> str:
-        return f"{self._project}:told:{partition}"
+    def _put(self, key: str, offsets: Offsets, expected: Offsets | None) -> bool:
+        value = positions.encode(offsets)
+        if expected is None:
+            return bool(self._run(lambda: self._client.set(key, value)))
+        return bool(self._run(lambda: self._compare_and_put([key], [positions.encode(expected), value])))
 
     def _layout(self, view: View) -> ViewLayout:
         layout = self._layouts.get(view.name)

@@ -156,6 +156,33 @@ def test_items_and_users_become_rows_and_tombstones_remove_them(worker, kafka_pr
     assert len([line for line in worker.log_lines() if "dead letter" in line]) == 1
 
 
+def test_profiles_come_back_into_a_redis_that_was_emptied(own_redis, stream_settings, kafka_producer, tmp_path) -> None:
+    worker = Worker(stream_settings(own_redis), tmp_path / "streams.log")
+    topics = worker.topics
+
+    def everything() -> bool:
+        item, user = worker.row(ITEM_PROFILE, "a"), worker.row(USER_PROFILE, "u")
+        return item.get("title") == "Newer" and user.get("profile_segment") == "anglers"
+
+    worker.start()
+    for title in ("Old", "Newer"):
+        send(kafka_producer, worker, topics.items, "a", Item(item_id="a", title=title).SerializeToString())
+    send(kafka_producer, worker, topics.items, "gone", Item(item_id="gone").SerializeToString())
+    send(kafka_producer, worker, topics.items, "gone", None)
+    send(kafka_producer, worker, topics.users, "u", User(user_id="u", segment="anglers").SerializeToString())
+    wait_until(everything)
+    own_redis.client().flushall()
+    wait_until(everything)
+    # The group's offsets say that all was read; the store does not.
+    assert worker.end(signal.SIGTERM) == 0
+    own_redis.client().flushall()
+    worker.start()
+    wait_until(everything)
+    assert not worker.row(ITEM_PROFILE, "gone")
+    assert worker.end(signal.SIGTERM) == 0
+    worker._ports.close()
+
+
 def test_without_kafka_it_waits_unready_and_ends_on_sigterm(shared_redis, stream_settings, tmp_path) -> None:
     settings = stream_settings(shared_redis)
     nowhere = settings.model_copy(
