@@ -12,14 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 
 from core.errors import ConfigError
+from features.stores.erasures import UnerasedLog
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, USERS
 from headrace.v1.events_pb2 import Item
 
 
 def open_log(log_root: str | Path, before_ms: int | None = None) -> EventLog:
-    """The log, checked to hold events. Raises ConfigError that says what to do where it does not."""
-    log = EventLog(log_root)
+    """The log without erased users, checked to hold events; ConfigError says what to do where it does not."""
+    log = UnerasedLog(log_root)
     if not log.exists():
         raise ConfigError(f"no event log at {log_root}; make one with `headrace import` or `headrace simulate`")
     if not log.events(end_ms=before_ms, columns=["event_time"]).num_rows:

@@ -27,7 +27,7 @@ from features.definitions import (
     ColumnType,
 )
 from features.positions import Offsets
-from features.stores.event_log import EventLog
+from features.stores.erasures import UnerasedLog
 from features.stores.layout import Cell, encode_cell
 from features.stores.online import ABSENT, OnlineStore, Write, read_offsets
 from features.windows import UserState
@@ -99,7 +99,7 @@ def materialize(
         ConfigError, ArtifactError: a log or bundle that cannot be read.
     """
     started = time.monotonic()
-    log = EventLog(log_root)
+    log = UnerasedLog(log_root)
     users = list(log.users())
     replay = Replay(read_items(log), settings.features)
     replay.advance(read_entries(log, end_ms=before_ms))

@@ -57,7 +57,7 @@ async def serve(settings: Settings, process: Process) -> None:
     process.readiness.add("reader", worker.reader.problem)
     process.readiness.add("partitions", worker.watchdog.problem)
     with tempfile.TemporaryDirectory(prefix="headrace-faust-") as folder:
-        app = make_app(settings, worker.quiet_topics, worker.parts, Path(folder))
+        app = worker.app = make_app(settings, worker.quiet_topics, worker.parts, Path(folder))
         try:
             await app.start()
             state["problem"] = ""
@@ -93,7 +93,7 @@ class Worker:
             self.updater.sweep_soon,
             erase_again=None if records is None else partial(erase_again, stores[1], records),
         )
-        self.watchdog = Watchdog(settings, self.reader.processed, self.reader.skip_expired)
+        self.watchdog = Watchdog(settings, self.processed, self.reader.skip_expired)
         # One of the group is enough: every worker would write the same.
         self.popularity = PopularityWriter(settings, stores[2], lambda: self.reader.owns(0))
         self.parts: list[Any] = [self.watchdog, self.popularity, self.updater, self.reader]
@@ -114,6 +114,14 @@ class Worker:
             topic: QuietTopic(processor, letters, self.sink, sources[topic], stopping, self.refill.acknowledged)
             for topic, processor in processors(stores[3], stores[4]).items()
         }
+        self.app: Any = None
+
+    def processed(self) -> dict[tuple[str, int], int]:
+        """Newest offset of each topic-partition of this worker that has come to rest, -1 for none yet."""
+        # Before the group has met there is no consumer to ask.
+        consumer = getattr(self.app, "consumer", None)
+        quiet = [(tp.topic, tp.partition) for tp in consumer.assignment()] if consumer is not None else []
+        return self.reader.processed() | {where: self.refill.position(*where) for where in quiet}
 
 
 async def _wait_for_sources(settings: Settings, process: Process) -> dict[str, int] | None:

@@ -73,6 +73,11 @@ class ProfileRefill:
         """An agent has brought everything up to here to rest. From any thread."""
         self._acknowledged[topic, partition] = offset
 
+    def position(self, topic: str, partition: int) -> int:
+        """Up to where everything has come to rest; -1 for nowhere."""
+        where = (topic, partition)
+        return max(self._known.get(where, -1), self._acknowledged.get(where, -1))
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:

@@ -215,9 +215,18 @@ class EmbeddingUpdater:
             if not _is_newer(vector, version, encoded.revision)
         ]
         beaten = [write.key[0] for write, done in zip(writes, self._store.write(writes), strict=True) if not done]
+        self._clear_erased(writes)
         metrics.USERS_ENCODED.inc(len(writes) - len(beaten))
         if beaten:
             self.mark(beaten)
+
+    def _clear_erased(self, writes: Sequence[Write]) -> None:
+        """Users who were erased while the service encoded them must not get the vector of what they were."""
+        keys = [write.key for write in writes]
+        states = self._store.read(USER_STATE, keys, ("revision",))
+        erased = [key for key, state in zip(keys, states, strict=True) if "revision" not in state.cells]
+        if erased:
+            self._store.clear(USER_EMBEDDING, erased)
 
     def _call(self, stub: CandidateServiceStub, users: Sequence[tuple[str, Row]]) -> EncodeUsersResponse:
         request = EncodeUsersRequest(users=[UserToEncode(user_id=user_id, state=_state(row)) for user_id, row in users])

@@ -12,6 +12,8 @@ tombstone is never erased by it again, so a user who comes back keeps what is ne
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -23,7 +25,10 @@ from core.errors import StageError
 from features import positions, windows
 from features.definitions import USER_PROFILE, USER_STATE
 from features.positions import Offsets
+from features.stores.event_log import EventLog
+from features.stores.event_rows import ITEMS, USERS, LogTable
 from features.stores.layout import Cell
+from features.stores.log_positions import source_of
 from features.stores.online import ABSENT, OnlineStore, Row, Write, read_offsets
 from features.windows import Position, UserState
 
@@ -223,3 +228,26 @@ def _parse(raw: bytes) -> Erasure:
     record = json.loads(raw)
     cut = {(source, partition): offset for source, partition, offset in record["cut"]}
     return Erasure(record["user_id"], Position(*record["tombstone"]), cut, record["time_ms"])
+
+
+class UnerasedLog(EventLog):
+    """A log as it reads without what tombstones erased and nobody has rewritten yet: for training and scoring."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Raises StageError where the records cannot be read."""
+        super().__init__(root)
+        self._records = Erasures(self.root).all()
+
+    def read(self, table: LogTable, paths: list[str], columns: list[str], condition: Any = None) -> pa.Table:
+        if not self._records or table is ITEMS or not paths:
+            return super().read(table, paths, columns, condition)
+        needed = list(dict.fromkeys([*columns, "user_id", "partition", "offset", "ingest_time"]))
+        by_source: dict[int | None, list[str]] = {}
+        for path in paths:
+            by_source.setdefault(source_of(path), []).append(path)
+        parts = []
+        for source, files in by_source.items():
+            rows = super().read(table, files, needed, condition)
+            kept = surviving(rows, source, self._records, profiles=table is USERS)
+            parts.append(rows.filter(pa.array(kept)).select(columns))
+        return pa.concat_tables(parts).unify_dictionaries().combine_chunks()

@@ -171,6 +171,12 @@ class OnlineStore:
             pipeline.delete(row_key(self._project, view.join_keys, key))
         return sum(self._run(pipeline.execute))
 
+    def clear(self, view: View, keys: Sequence[tuple[str, ...]]) -> None:
+        """Removes a view's cells of some entities; what other views keep of them stays."""
+        layout = self._layout(view)
+        names = (layout.timestamp_field, *layout.fields.values())
+        self._run(lambda: self._send([(b"HDEL", row_key(self._project, view.join_keys, key), *names) for key in keys]))
+
     def read_marker(self, partition: int) -> Offsets:
         """Per (source, partition) the newest offset up to which all rows are written; empty when unknown."""
         return self.read_markers((partition,))[0]

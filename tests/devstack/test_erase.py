@@ -24,11 +24,13 @@ from devstack.processes import http_problem, python_module
 from devstack.retention import _retention, retention_of
 from features import windows
 from features.definitions import USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE
-from features.stores.event_log import EventLog
+from features.stores.event_log import EventLog, user_events
 from features.stores.event_rows import LOG_TABLES
 from features.stores.online import OnlineStore, Write
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, User
 from offline.batch_scores import SCHEMA, read_batch_scores
+from offline.logs import open_log
+from offline.materialize import materialize
 from offline.rebuild import rebuild
 from tests.conftest import wait_until
 
@@ -186,6 +188,12 @@ def test_a_plain_tombstone_keeps_the_user_out_of_a_rebuild(house) -> None:
     assert house.logged("ada")["events"] == 1, "only `headrace erase` rewrites the log"
     summary = rebuild(house.log, Path("nowhere"), house.settings, project="new", progress=False)
     assert (summary.users, summary.erased_users) == (1, 1)
+    # Nor does anybody train on them, or score them.
+    log = open_log(house.log)
+    assert {event.user_id for event in user_events(log.events())} == {"bob"}
+    assert "ada" not in {user.user_id for user in log.users()}
+    materialize(house.log, None, house.settings, progress=False)
+    assert "revision" not in house.row(USER_STATE, "ada")
 
 
 def test_without_a_worker_nothing_is_rewritten(house) -> None:

@@ -160,6 +160,18 @@ def test_a_full_queue_is_waited_for_and_no_user_is_lost(house, service) -> None:
     assert service.encoder.full == 0
 
 
+def test_a_user_who_is_erased_while_being_encoded_gets_no_vector(house, service) -> None:
+    house.put("u", "v")
+    service.encoder.gate.clear()
+    updater = house.start()
+    updater.mark(["u", "v"])
+    assert service.encoder.entered.wait(10)
+    house.store.clear(USER_STATE, [("u",)])
+    service.encoder.gate.set()
+    wait_until(lambda: house.vector("v")[2] == 1)
+    wait_until(lambda: house.vector("u") == (None, None, None))
+
+
 def test_batches_are_bounded(house, service) -> None:
     users = [f"u{n}" for n in range(50)]
     updater = house.start(encode_batch_users=16)
