@@ -55,12 +55,14 @@ class Plan:
     embedding_seconds: int
     # The first and the last so many seconds are compared.
     window_seconds: int
+    # Before that the load runs for so long, until it is steady.
+    warm_up_seconds: int
     # How often each load is measured.
-    rounds: int = 3
+    rounds: int
 
 
-FULL = Plan(200_000, users=50_000, embedding_seconds=60, window_seconds=10)
-QUICK = Plan(15_000, users=4000, embedding_seconds=6, window_seconds=2, rounds=1)
+FULL = Plan(200_000, users=50_000, embedding_seconds=60, window_seconds=10, warm_up_seconds=10, rounds=3)
+QUICK = Plan(15_000, users=4000, embedding_seconds=6, window_seconds=2, warm_up_seconds=1, rounds=1)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _dirty(cluster: Cluster, plan: Plan) -> tuple[float, float]:
     while cluster.metrics(WORKER)["headrace_streams_dirty_users"]:
         time.sleep(0.5)
     say(f"{_DIRTY_PER_SECOND:,} events/s for {plan.embedding_seconds} s, embeddings on")
-    count = plan.embedding_seconds * _DIRTY_PER_SECOND
+    count = (plan.warm_up_seconds + plan.embedding_seconds) * _DIRTY_PER_SECOND
     # Users of a load before: a history that is just filling costs more to encode from second to second.
     config = PlainConfig(count, plan.users, _ZIPF, name="zipf-0", seed=plan.rounds)
     events = plain_events(config, int(time.time() * 1000), 1000 / _DIRTY_PER_SECOND)
@@ -185,14 +187,14 @@ def _dirty(cluster: Cluster, plan: Plan) -> tuple[float, float]:
     sender = threading.Thread(
         target=paced, args=(events, _DIRTY_PER_SECOND, lambda event: post(producer, cluster.topics.events, event))
     )
-    begin, samples = time.monotonic(), []
+    begin, samples = time.monotonic() + plan.warm_up_seconds, []
     sender.start()
     while sender.is_alive():
         samples.append((time.monotonic() - begin, cluster.metrics(WORKER)[_OLDEST_DIRTY]))
         time.sleep(0.1)
     producer.close()
     end = plan.embedding_seconds - plan.window_seconds
-    first = [value for at, value in samples if at < plan.window_seconds]
+    first = [value for at, value in samples if 0 <= at < plan.window_seconds]
     last = [value for at, value in samples if at >= end]
     return sum(first) / len(first), sum(last) / len(last)
 

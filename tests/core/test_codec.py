@@ -1,5 +1,7 @@
 """What comes in from a topic is a checked message, or an error that names the field."""
 
+import json
+
 import pytest
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 
 from core import codec
 from core.errors import MalformedEventError
-from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item, User
+from features import windows
+from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item, User
 
 NOW_MS = 1_700_000_000_000
 JSON = [("content-type", b"application/json")]
@@ -26,14 +29,43 @@ def test_protobuf_and_json_of_the_same_event_are_equal() -> None:
     assert codec.decode(Event(), as_json, JSON) == original
 
 
-def test_fields_of_a_later_version_are_kept() -> None:
-    later = event().SerializeToString() + b"\xa2\x06\x03new"
-    assert codec.decode(Event(), later).SerializeToString() == later
+OF_EACH_TOPIC = [
+    event(value=2.0),
+    Feedback(event_id="f1", user_id="u1", item_id="i1", kind="like", recommendation_id="r1"),
+    ImpressionList(event_id="l1", user_id="u1", impressions=[Impression(item_id="i1", propensity=0.5)]),
+    Item(item_id="i1", title="An item", price=3.5, categories=["a"], labels={"city": "Bern"}),
+    User(user_id="u1", segment="anglers", numbers={"age": 33}),
+]
+each_topic = pytest.mark.parametrize("message", OF_EACH_TOPIC, ids=lambda message: type(message).__name__)
 
 
-def test_json_fields_of_a_later_version_do_not_hurt() -> None:
-    value = b'{"eventId": "e1", "ofTheFuture": 1}'
-    assert codec.decode(Event(), value, JSON).event_id == "e1"
+@each_topic
+def test_fields_of_a_later_version_are_kept(message) -> None:
+    later = message.SerializeToString() + b"\xa2\x06\x03new"
+    read = codec.decode(type(message)(), later)
+    assert read.SerializeToString() == later
+    assert json_format.MessageToDict(read) == json_format.MessageToDict(message)
+
+
+@each_topic
+def test_json_says_the_same_and_its_fields_of_a_later_version_do_not_hurt(message) -> None:
+    as_json = json_format.MessageToDict(message) | {"ofTheFuture": {"a": [1]}}
+    assert codec.decode(type(message)(), json.dumps(as_json).encode(), JSON) == message
+
+
+@each_topic
+def test_fields_that_an_earlier_version_did_not_send_have_their_defaults(message) -> None:
+    """An early producer: nothing but the ids."""
+    ids = {name: getattr(message, name) for name in ("event_id", "user_id", "item_id") if hasattr(message, name)}
+    early = type(message)(**ids)
+    assert codec.decode(type(message)(), early.SerializeToString()) == early
+    if isinstance(message, Event):
+        seen = windows.as_user_event(early)
+        assert (seen.value, seen.confidence, seen.categories, seen.segment) == (1.0, 1.0, (), "")
+    if isinstance(message, Item):
+        codec.check_item(early)
+    if isinstance(message, User):
+        codec.check_user(early)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import shutil
 from itertools import pairwise
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 
@@ -47,6 +48,23 @@ def test_stretches_follow_each_other(tmp_path) -> None:
     assert offsets(tmp_path) == list(range(61))
     assert Segments(str(tmp_path)).position(STRETCH) == 60
     assert len(list(tmp_path.rglob("_commits/*/*/*"))) <= 4
+
+
+def test_an_object_store_gets_each_stretch_once_too() -> None:
+    root = "memory://test-segments/log"
+    try:
+        segments = Segments(root)
+        for first, end in pairwise([0, 10, 25, 26]):
+            segments.commit(STRETCH, first, end - 1, rows(first, end - 1))
+        late = Segments(root)
+        with pytest.raises(SegmentTakenError):
+            late.commit(STRETCH, 10, 40, rows(10, 40))
+        assert late.position(STRETCH) == 25
+        log = EventLog(root)
+        assert sorted(log.rows(EVENTS, columns=["offset"])["offset"].to_pylist()) == list(range(26))
+        assert not [path for path in fsspec.filesystem("memory").find("/test-segments") if "_staging" in path]
+    finally:
+        fsspec.filesystem("memory").rm("/test-segments", recursive=True)
 
 
 def test_a_stretch_of_malformed_messages_alone_moves_the_position(tmp_path) -> None:
