@@ -146,7 +146,7 @@ def _local_broker(folder: Path) -> Iterator[dict[str, object]]:
 
 @contextmanager
 def _container_broker() -> Iterator[dict[str, object]]:
-    from testcontainers.kafka import KafkaContainer
+    from testcontainers.community.kafka import KafkaContainer
 
     with KafkaContainer().with_kraft() as container:
         yield {"bootstrap_servers": container.get_bootstrap_server()}
