@@ -245,18 +245,13 @@ class BatchReader:
                 batch.letters.append((raw, result))
             else:
                 batch.received.append(result)
-            gap = offset - batch.last.get((topic, partition), self._processed.get((topic, partition), offset - 1)) - 1
-            if gap > 0:
-                # Compaction and transactions leave none in these topics.
-                metrics.MISSED.labels(topic).inc(gap)
-                _log.error(
-                    "kafka no longer has some events; `headrace rebuild` takes them from an event log that does",
-                    topic=topic,
-                    partition=partition,
-                    first=offset - gap,
-                    count=gap,
-                )
-            batch.last[topic, partition] = offset
+            where = (topic, partition)
+            before = batch.last.get(where)
+            if before is None:
+                before = self._processed.get(where, offset - 1)
+            if offset > before + 1:
+                _tell_missed(where, before + 1, offset)
+            batch.last[where] = offset
         return batch
 
     def _log_rows(self, batch: Batch) -> None:
@@ -423,3 +418,15 @@ class BatchReader:
 
     def _companions(self, partitions: set[int]) -> list[TopicPartition]:
         return [TopicPartition(topic, partition) for topic, partition in self._wheres(partitions)]
+
+
+def _tell_missed(where: Where, first: int, end: int) -> None:
+    """Neither compaction nor transactions leave gaps in these topics: retention was shorter than the lag."""
+    metrics.MISSED.labels(where[0]).inc(end - first)
+    _log.error(
+        "kafka dropped messages before they were read; `headrace rebuild` takes them from an event log that has them",
+        topic=where[0],
+        partition=where[1],
+        first=first,
+        count=end - first,
+    )
