@@ -34,6 +34,7 @@ from devstack.topics import ensure_topics, topic_problems
 DEFAULT_HOME = Path(".headrace")
 EMBEDDED, LOCAL = "embedded", "local"
 _KAFKA_TIMEOUT_SECONDS = 10
+_TOPICS_SECONDS, _TOPICS_ELSEWHERE_SECONDS = 5.0, 20.0
 # The processes with a gRPC port, and all with an admin port.
 _GRPC = ("candidate", "ranker", "serving")
 _WORKERS = ("streams", "candidate", "ranker")
@@ -266,8 +267,10 @@ class Stack:
                 self._running.restart(name)
 
     def _prepare_topics(self) -> None:
-        ensure_topics(self.settings.kafka)
-        for problem in topic_problems(self.settings.kafka):
+        # Ctrl-C reaches our own brokers, too: one that has just gone must not be waited for.
+        seconds = _TOPICS_SECONDS if self._kafka in (EMBEDDED, LOCAL) else _TOPICS_ELSEWHERE_SECONDS
+        ensure_topics(self.settings.kafka, seconds)
+        for problem in topic_problems(self.settings.kafka, seconds):
             self._say("kafka", problem)
 
     def _environment(self) -> dict[str, str]:
