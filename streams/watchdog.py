@@ -80,8 +80,8 @@ class Watchdog:
         for where in [where for where in self._moved if where not in processed]:
             del self._moved[where]
         for topic, partition in self._told - processed.keys():
-            # Another worker's now, who tells its lag.
-            metrics.LAG.remove(topic, str(partition))
+            # Another worker's now, who tells its lag: sums over workers must not count it twice.
+            metrics.LAG.labels(topic, str(partition)).set(0)
         self._told = set(processed)
         for where, offset in processed.items():
             oldest, end = bounds.get(where, Bounds(0, 0))
