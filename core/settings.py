@@ -48,6 +48,7 @@ class RedisSettings(_Section):
     """Where the online store is."""
 
     url: SecretStr
+    cluster: bool
     timeout_ms: Positive
 
 

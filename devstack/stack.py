@@ -227,10 +227,10 @@ class Stack:
 
     def _redis_specs(self) -> list[ProcessSpec]:
         if self._redis_url is not None:
-            self._values["redis"]["url"] = self._redis_url
+            self._values["redis"].update(url=self._redis_url, cluster=self._base.redis.cluster)
             return []
         port = self._take("redis", urlsplit(self._base.redis.url.get_secret_value()).port or 6379)
-        self._values["redis"]["url"] = redis_url(port)
+        self._values["redis"].update(url=redis_url(port), cluster=False)
         return [redis_spec(self.folder / "redis", port)]
 
     def _kafka_specs(self) -> list[ProcessSpec]:

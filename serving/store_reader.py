@@ -19,6 +19,7 @@ from core.errors import StageError, StageTimeoutError
 from core.settings import RedisSettings
 from features import positions
 from features.definitions import USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE, ColumnType, View
+from features.stores.cluster import ClusterReads
 from features.stores.layout import Cell, ViewLayout, decode_cell, decode_time, row_key
 from headrace.v1.events_pb2 import User
 
@@ -48,7 +49,7 @@ class UserStore:
 
     def __init__(self, settings: RedisSettings, project: str) -> None:
         self._project = project
-        self._client: Any = Redis.from_url(
+        self._client: Any = (ClusterReads if settings.cluster else Redis.from_url)(
             settings.url.get_secret_value(),
             socket_connect_timeout=settings.timeout_ms / 1000,
             socket_timeout=settings.timeout_ms / 1000,

@@ -54,13 +54,16 @@ def wait_until(condition: Callable[[], object], timeout_seconds: float = 20, wha
 class RedisServer:
     """A redis-server with its append-only file on, as the stack runs it."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    cluster = False
+
+    def __init__(self, folder: Path, port: int, *options: str) -> None:
         self.folder, self.port, self.url = folder, port, redis_url(port)
         self._spec = redis_spec(folder, port)
+        self._command = (*self._spec.command, *options)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(tied(self._spec.command), stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(tied(self._command), stdout=subprocess.DEVNULL)
         wait_until(lambda: self._spec.ready_problem() is None, what="redis")
 
     def kill(self) -> None:
@@ -199,7 +202,7 @@ def stream_settings(kafka: dict[str, object], tmp_path: Path) -> Iterator[Callab
         name = f"t{uuid4().hex[:8]}x{next(_NUMBERS)}"
         overrides = {
             "kafka": {**kafka, "topic_prefix": name},
-            "redis": {"url": redis_server.url},
+            "redis": {"url": redis_server.url, "cluster": redis_server.cluster},
             "features": {"project": name},
             "registry": {"path": str(tmp_path / "bundles")},
             "streams": {

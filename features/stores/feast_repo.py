@@ -136,7 +136,10 @@ def feature_store(settings: Settings, registry_path: Path):  # type: ignore[no-u
             registry={"path": str(registry_path), "cache_ttl_seconds": 3600},
             online_store={
                 "type": "redis",
-                "connection_string": connection_string(settings.redis.url.get_secret_value()),
+                "redis_type": "redis_cluster" if settings.redis.cluster else "redis",
+                "connection_string": connection_string(
+                    settings.redis.url.get_secret_value(), cluster=settings.redis.cluster
+                ),
             },
             offline_store={"type": "file"},
             entity_key_serialization_version=3,
@@ -161,12 +164,14 @@ def feast_objects() -> list[object]:
     return [value for value in made.values() if isinstance(value, FeastEntity | FeatureView | FeatureService)]
 
 
-def connection_string(url: str) -> str:
-    """A redis:// or rediss:// address in Feast's own form."""
+def connection_string(url: str, *, cluster: bool = False) -> str:
+    """A redis:// or rediss:// address in Feast's own form; nodes of a cluster have no databases."""
     parts = urlparse(url)
     if parts.scheme not in ("redis", "rediss") or not parts.hostname:
         raise ConfigError(f"redis.url: Feast needs redis://host:port/db, not {parts.scheme}://")
-    fields = [f"{parts.hostname}:{parts.port or 6379}", f"db={parts.path.strip('/') or 0}"]
+    fields = [f"{parts.hostname}:{parts.port or 6379}"]
+    if not cluster:
+        fields.append(f"db={parts.path.strip('/') or 0}")
     if parts.username:
         fields.append(f"username={unquote(parts.username)}")
     if parts.password:

@@ -37,6 +37,10 @@ def test_a_redis_address_in_feasts_form(url, expected) -> None:
     assert feast_repo.connection_string(url) == expected
 
 
+def test_the_address_of_a_cluster_has_no_database() -> None:
+    assert feast_repo.connection_string("redis://node:7000/0", cluster=True) == "node:7000"
+
+
 def test_another_address_is_refused() -> None:
     with pytest.raises(ConfigError, match="redis://host:port"):
         feast_repo.connection_string("unix:///tmp/redis.sock")

@@ -118,14 +118,21 @@ def assert_same_item(stored: ItemPartial, expected: ItemPartial) -> None:
         assert total == pytest.approx(other_total, rel=1e-9)
 
 
-def assert_store_equals_single_pass(settings, sent: Sent) -> None:
-    states, partials = single_pass(sent, settings.features)
+def assert_states_equal_single_pass(settings, sent: Sent) -> None:
+    states, _ = single_pass(sent, settings.features)
     store = OnlineStore(settings.redis, settings.features.project)
     rows = store.read(USER_STATE, [(user_id,) for user_id in states])
     for row, expected in zip(rows, states.values(), strict=True):
         stored = windows.decode(row.cells["state"])
         assert_same_state(stored, expected)
         assert (row.cells["revision"], row.cells["watermark_ms"]) == (expected.revision, expected.watermark_ms)
+    store.close()
+
+
+def assert_store_equals_single_pass(settings, sent: Sent) -> None:
+    assert_states_equal_single_pass(settings, sent)
+    _, partials = single_pass(sent, settings.features)
+    store = OnlineStore(settings.redis, settings.features.project)
     for item_id, expected in partials.items():
         rows = store.read(ITEM_STATS, [(item_id, str(partition)) for partition in PARTITIONS])
         parts = [item_stats.decode(ItemStats.FromString(row.cells["stats"])) for row in rows if row.cells]
