@@ -251,7 +251,7 @@ def test_a_node_killed_in_the_middle_loses_nothing(cluster, stream_settings, sta
     cluster.nodes[2].kill()
     written += send(kafka_producer, sent.messages[middle:])
     cluster.nodes[2].start()
-    part.wait_for(written)
+    part.wait_for(written, 60)
     assert_store_equals_single_pass(settings, sent)
 
 
@@ -289,11 +289,11 @@ def test_a_failover_in_the_middle_loses_no_state(cluster, stream_settings, start
     middle = len(sent.messages) // 2
     part = start_reader(settings)
     written = send(kafka_producer, sent.messages[: middle // 2])
-    part.wait_for(written)
+    part.wait_for(written, 60)
     written += send(kafka_producer, sent.messages[middle // 2 : middle])
     fail_over(cluster)
     written += send(kafka_producer, sent.messages[middle:])
-    part.wait_for(written)
+    part.wait_for(written, 60)
     assert_states_equal_single_pass(settings, sent)
 
 
@@ -303,7 +303,9 @@ def fail_over(cluster: Cluster) -> None:
     cluster.nodes[3].client().execute_command("CLUSTER FAILOVER", "TAKEOVER")
     cluster.nodes[0] = cluster.nodes[3]
     wait_until(
-        lambda: all(str(cluster.nodes[0].port) in primaries(node.client()) for node in cluster.nodes), what="a takeover"
+        lambda: all(str(cluster.nodes[0].port) in primaries(node.client()) for node in cluster.nodes),
+        timeout_seconds=60,
+        what="a takeover",
     )
     cluster.wait_ok()
 
