@@ -41,6 +41,8 @@ WORKER = "streams-1"
 _ZIPF = 1.2
 _DIRTY_PER_SECOND = 1000
 _SETTLE_SECONDS = 600.0
+# A worker with nothing to do needs about 2% of a core.
+_IDLE_SECONDS, _IDLE_SHARE = 1.0, 0.1
 # The towers that serve: the default architecture; how well they are trained does not change what they cost.
 _SIMULATED = SimulatorConfig(users=100, items=300, seed=7, end_time_ms=1_780_000_000_000)
 _TRAINING = {"offline": {"max_epochs": 1, "ranker_epochs": 1, "ranker_max_rows": 1000, "batch_scores_per_user": 5}}
@@ -138,6 +140,7 @@ def _cost(cluster: Cluster, store: OnlineStore, config: PlainConfig, *, fresh: b
         cluster.stop(WORKER)
         cluster.start(WORKER)
     cluster.wait_ready(WORKER)
+    _wait_idle(cluster.pid(WORKER))
     events = plain_events(config, int(time.time() * 1000), 0.1)
     logged = cluster.metrics(WORKER).get(_LOGGED, 0) + config.events
     names = (WORKER, "redis", "kafka")
@@ -202,6 +205,17 @@ def _dirty(cluster: Cluster, plan: Plan) -> tuple[float, float]:
 def post(producer: KafkaProducer, topic: str, event: Event) -> None:
     while not producer.post(topic, event.user_id.encode(), event.SerializeToString()):
         time.sleep(0.01)
+
+
+def _wait_idle(pid: int) -> None:
+    """A new worker reads what the item-stats topic has kept first: no cost of the events to come."""
+    before = _cpu_seconds(pid)
+    while True:
+        time.sleep(_IDLE_SECONDS)
+        now = _cpu_seconds(pid)
+        if now - before < _IDLE_SHARE * _IDLE_SECONDS:
+            return
+        before = now
 
 
 def _cpu_seconds(pid: int) -> float:
