@@ -8,7 +8,7 @@ any error of the store, and after anything unexpected, the rows in memory are dr
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from core.kafka import headers_of, topic_sources
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
+from features.positions import Offsets
 from streams import metrics
 from streams.broadcast import StatsBroadcast
 from streams.consumer import check_partitions, consumer_config
@@ -324,21 +325,22 @@ class BatchReader:
         moment = self._clock.monotonic()
         if self._unmarked and (now or moment >= self._marker_due):
             self._marker_due = moment + self._settings.streams.marker_interval_ms / 1000
-            for partition in sorted(self._unmarked):
-                self._mark(partition)
+            self._mark(self._unmarked)
             self._unmarked.clear()
         if self._placed and (now or moment >= self._commit_due):
             self._commit_due = moment + _COMMIT_SECONDS
             self._commit_offsets(consumer)
 
-    def _mark(self, partition: int) -> None:
-        done = {topic: self._processed.get((topic, partition), -1) for topic in self._topics.user_keyed}
-        offsets = {(self._sources[topic], partition): offset for topic, offset in done.items() if offset >= 0}
-        self._rows.write_marker(partition, offsets)
-        told = {topic: min(offset, self._told.get((topic, partition), -1)) for topic, offset in done.items()}
-        self._rows.write_told(
-            partition, {(self._sources[topic], partition): offset for topic, offset in told.items() if offset >= 0}
+    def _mark(self, partitions: Iterable[int]) -> None:
+        numbers = sorted(partitions)
+        self._rows.write_markers(
+            {partition: self._reached(self._processed, partition) for partition in numbers},
+            {partition: self._reached(self._told, partition) for partition in numbers},
         )
+
+    def _reached(self, newest: Mapping[Where, int], partition: int) -> Offsets:
+        offsets = {topic: newest.get((topic, partition), -1) for topic in self._topics.user_keyed}
+        return {(self._sources[topic], partition): offset for topic, offset in offsets.items() if offset >= 0}
 
     def _commit_offsets(self, consumer: Consumer) -> None:
         """Tells the group how far this worker has come. Only tools that show lag read it."""
@@ -378,8 +380,7 @@ class BatchReader:
         partitions = {tp.partition for tp in revoked}
         _log.info("revoked", partitions=sorted(partitions))
         try:
-            for partition in sorted(partitions & self._unmarked):
-                self._mark(partition)
+            self._mark(partitions & self._unmarked)
         except StageError as error:
             _log.warning("marker not written; the next worker reads a little more", problem=str(error))
             # Whatever it was, it concerns the rows of the partitions that stay, too.

@@ -17,7 +17,7 @@ from core.kafka import Record, TopicFollower, client_config
 from core.settings import Settings
 from core.telemetry import get_logger
 from features.positions import Offsets
-from features.stores.online import OnlineStore
+from features.stores.online import OnlineStore, Put
 from streams.processor import RawMessage
 from streams.profiles import ProfileProcessor
 
@@ -94,16 +94,19 @@ class ProfileRefill:
 
     def _keep(self) -> None:
         """Moves the positions; finds out whether the store still has them."""
-        for where, before in list(self._known.items()):
-            now = max(before, self._acknowledged.get(where, before))
-            if not self._store.write_positions(_name(where), self._offsets(where, now), self._offsets(where, before)):
-                stored = self._stored(where)
-                if stored is None or stored < before:
-                    self._is_due = True
-                    return
-                # Further on: another worker's agent has the partition.
-                now = stored
-            self._known[where] = now
+        wheres = list(self._known)
+        reached = [self.position(*where) for where in wheres]
+        puts = [
+            Put(_name(where), self._offsets(where, now), self._offsets(where, self._known[where]))
+            for where, now in zip(wheres, reached, strict=True)
+        ]
+        for where, now, done in zip(wheres, reached, self._store.write_all(puts), strict=True):
+            stored = now if done else self._stored(where)
+            if stored is None or stored < self._known[where]:
+                self._is_due = True
+                return
+            # Further on than this worker knows: another worker's agent has the partition.
+            self._known[where] = stored
 
     def _fill(self) -> None:
         """Reads both topics from the positions in the store to their ends."""

@@ -20,7 +20,7 @@ from features.definitions import ITEM_STATS, USER_STATE, ColumnType, View
 from features.item_stats import ItemPartial
 from features.positions import Offsets
 from features.stores.layout import Cell, encode_cell
-from features.stores.online import ABSENT, OnlineStore, Row, Write, read_offsets
+from features.stores.online import ABSENT, OnlineStore, Put, Row, Write, read_offsets
 from features.windows import Outcome, UserState
 from headrace.v1.events_pb2 import ItemStats
 from streams import metrics, processor
@@ -91,25 +91,27 @@ class Rows:
         """
         self._markers[partition] = self._store.read_marker(partition)
         if not self._markers[partition]:
-            self.write_marker(partition, {(source, partition): -1 for source in sources})
+            self.write_markers({partition: {(source, partition): -1 for source in sources}}, {})
         return self._markers[partition]
 
-    def write_marker(self, partition: int, offsets: Offsets) -> None:
-        """Moves the marker forward; what it holds of other sources stays."""
-        before = self._markers.get(partition, {})
-        marker = {**before, **{where: max(offset, before.get(where, -1)) for where, offset in offsets.items()}}
-        if marker != before:
-            if not self._store.write_marker(partition, marker, before):
+    def write_markers(self, offsets: Mapping[int, Offsets], told: Mapping[int, Offsets]) -> None:
+        """Moves partitions' markers forward (what they hold of other sources stays), and up to where replicas know."""
+        moved: dict[int, tuple[Offsets, Offsets]] = {}
+        for partition, reached in offsets.items():
+            before = self._markers.get(partition, {})
+            marker = {**before, **{where: max(offset, before.get(where, -1)) for where, offset in reached.items()}}
+            if marker != before:
+                moved[partition] = marker, before
+        more = [Put(f"told:{partition}", known) for partition, known in told.items()]
+        for partition, done in zip(moved, self._store.write_markers(moved, more), strict=False):
+            if not done:
                 # Emptied, older, or another worker's by now: rows in memory may not be what the store has.
                 raise RowsChangedError(f"the marker of partition {partition}")
-            self._markers[partition] = marker
+            self._markers[partition] = moved[partition][0]
 
     def read_told(self, partition: int) -> Offsets | None:
         """Up to where the replicas have been told of the partition's item statistics; None where nobody said."""
         return self._store.read_positions(f"told:{partition}")
-
-    def write_told(self, partition: int, offsets: Offsets) -> None:
-        self._store.write_positions(f"told:{partition}", offsets)
 
     def drop(self, partitions: Iterable[int] | None = None) -> None:
         """Forgets the rows of some partitions, or everything."""

@@ -79,6 +79,14 @@ class Write(NamedTuple):
     expected: bytes = ABSENT
 
 
+class Put(NamedTuple):
+    """Positions to keep under a name; with `expected`, only where it still says so."""
+
+    name: str
+    offsets: Offsets
+    expected: Offsets | None = None
+
+
 class OnlineStore:
     """Rows in Redis. Not thread-safe: one per thread."""
 
@@ -170,17 +178,33 @@ class OnlineStore:
 
     def write_positions(self, name: str, offsets: Offsets, expected: Offsets | None = None) -> bool:
         """As `write_marker`."""
-        keys, value = self._keys(name), positions.encode(offsets)
-        if expected is None:
-            commands: list[Command] = [(b"SET", key, value) for key in keys]
-        else:
+        return self.write_all([Put(name, offsets, expected)])[0]
+
+    def write_markers(self, puts: Mapping[int, tuple[Offsets, Offsets]], more: Sequence[Put] = ()) -> list[bool]:
+        """Sets markers (to what, where it says what), and other positions with them; one round trip."""
+        markers = [Put(_marker(partition), offsets, expected) for partition, (offsets, expected) in puts.items()]
+        return self.write_all([*markers, *more])
+
+    def write_all(self, puts: Sequence[Put]) -> list[bool]:
+        """Sets several positions; says for each whether it did."""
+        keys_of = [self._keys(put.name) for put in puts]
+        values = [positions.encode(put.offsets) for put in puts]
+        commands: list[Command] = []
+        for put, keys, value in zip(puts, keys_of, values, strict=True):
+            if put.expected is None:
+                commands += [(b"SET", key, value) for key in keys]
+                continue
             # Copies may differ: some of them may have been written just before an error.
-            same, raw = self._oldest(keys) == expected, positions.encode(expected)
-            put = (b"EVALSHA", _COMPARE_AND_PUT_SHA, b"1")
-            commands = [(*put, key, self._copies.get(key, ABSENT) if same else raw, value) for key in keys]
-        done = all(self._send(commands))
-        if done:
-            self._copies.update(dict.fromkeys(keys, value))
+            same, raw = self._oldest(keys) == put.expected, positions.encode(put.expected)
+            script = (b"EVALSHA", _COMPARE_AND_PUT_SHA, b"1")
+            commands += [(*script, key, self._copies.get(key, ABSENT) if same else raw, value) for key in keys]
+        answers = iter(self._send(commands))
+        done = []
+        for keys, value in zip(keys_of, values, strict=True):
+            found = [next(answers) for _ in keys]
+            done.append(all(found))
+            if done[-1]:
+                self._copies.update(dict.fromkeys(keys, value))
         return done
 
     def keys_of(self, view: View, batch: int = 1000) -> Iterable[str]:
