@@ -25,8 +25,8 @@ from headrace.v1.events_pb2 import Item, ItemStats
 _log = get_logger("streams.popularity")
 
 ALL = "all"
-# About half a millisecond's work, and as long a pause.
-_SIP_ROWS, _SIP_PAUSE_SECONDS = 30, 0.0005
+# About half a millisecond's work, and a longer pause.
+_SIP_ROWS, _SIP_PAUSE_SECONDS = 30, 0.002
 
 
 class PopularityWriter:

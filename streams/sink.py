@@ -33,6 +33,7 @@ _BUFFERS = 4
 # ... or this much of the messages' bytes, however few they are.
 _BUFFERED_BYTES = 64 << 20
 _RETRY_SECONDS = 0.5
+_PAUSE_SECONDS = 0.03
 
 
 @dataclass(slots=True)
@@ -157,8 +158,11 @@ class EventLogSink:
                 due = self._due()
                 if not due:
                     self._changed.wait(min(0.2, self._settings.event_log_interval_ms / 1000))
-            if due and not self._try_flush(due):
+            # One after the other, with a pause: the batch reader shares the interpreter with the making of files.
+            if due and not self._try_flush(due[:1]):
                 self._stopping.wait(_RETRY_SECONDS)
+            elif due and not self._full():
+                self._stopping.wait(_PAUSE_SECONDS)
 
     def _due(self) -> list[Where]:
         now, full = self._clock.monotonic(), self._full()
