@@ -158,11 +158,14 @@ class EventLogSink:
                 due = self._due()
                 if not due:
                     self._changed.wait(min(0.2, self._settings.event_log_interval_ms / 1000))
-            # One after the other, with a pause: the batch reader shares the interpreter with the making of files.
-            if due and not self._try_flush(due[:1]):
+            done = True
+            for where in due:
+                done &= self._try_flush([where])
+                if not self._full():
+                    # The batch reader shares the interpreter with the making of files.
+                    self._stopping.wait(_PAUSE_SECONDS)
+            if not done:
                 self._stopping.wait(_RETRY_SECONDS)
-            elif due and not self._full():
-                self._stopping.wait(_PAUSE_SECONDS)
 
     def _due(self) -> list[Where]:
         now, full = self._clock.monotonic(), self._full()
