@@ -34,6 +34,7 @@ from devstack.topics import ensure_topics, topic_problems
 DEFAULT_HOME = Path(".headrace")
 EMBEDDED, LOCAL = "embedded", "local"
 _KAFKA_TIMEOUT_SECONDS = 10
+_WAIT_SECONDS = 0.5
 _TOPICS_SECONDS, _TOPICS_ELSEWHERE_SECONDS = 5.0, 20.0
 # The processes with a gRPC port, and all with an admin port.
 _GRPC = ("candidate", "ranker", "serving")
@@ -137,7 +138,10 @@ class Stack:
 
     def wait(self) -> None:
         """Returns never: until Ctrl-C or a signal ends it."""
-        threading.Event().wait()
+        pause = threading.Event()
+        # In turns: a signal that comes just before a wait begins is heard when that wait ends.
+        while not pause.wait(_WAIT_SECONDS):
+            pass
 
     @property
     def _running(self) -> Supervisor:
