@@ -1,6 +1,7 @@
 """A supervisor in a process of its own, for the tests that end it: prints the pids of its children, then waits."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ TINY = Path(__file__).with_name("tiny_process.py")
 
 
 def main() -> None:
+    # Tests may be run under nohup, which hands down that the signal is ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     home, ports = Path(sys.argv[1]), sys.argv[2:]
     specs = [
         ProcessSpec(
