@@ -22,7 +22,7 @@ _LENGTH_DELIMITED = 2
 def encode(offsets: Offsets, field: int = 1) -> bytes:
     """The repeated field of that number in a message; with 1, a whole SourceOffsets.
 
-    Put together by hand, at a quarter of what messages cost: each row of each batch has one or two.
+    Put together by hand, which costs less than messages do: each row of each batch has one or two.
     """
     tag = bytes((field << 3 | _LENGTH_DELIMITED,))
     parts: list[bytes] = []

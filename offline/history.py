@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from core.settings import Settings
 from features import windows
 from features.definitions import USER_PROFILE, USER_STATE, View
-from features.stores.erasures import Erasures
 from features.stores.event_rows import USERS, from_table
 from features.stores.feast_repo import offline_schema
 from offline.logs import open_log, read_items
@@ -49,9 +48,8 @@ def write_history(log_root: str | Path, folder: Path, settings: Settings) -> His
     """
     started = time.monotonic()
     log = open_log(log_root)
-    records = Erasures(str(log_root)).all()
     replay = Replay(read_items(log), settings.features)
-    entries = (entry for entry, _ in placed_entries(log, records))
+    entries = (entry for entry, _ in placed_entries(log))
     states = _write(folder, USER_STATE, _states(replay, entries))
     rows = log.states(USERS)
     times = rows["ingest_time"].cast(pa.int64()).to_pylist()

@@ -18,7 +18,7 @@ from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, USE
 from headrace.v1.events_pb2 import Item
 
 
-def open_log(log_root: str | Path, before_ms: int | None = None) -> EventLog:
+def open_log(log_root: str | Path, before_ms: int | None = None) -> UnerasedLog:
     """The log without erased users, checked to hold events; ConfigError says what to do where it does not."""
     log = UnerasedLog(log_root)
     if not log.exists():

@@ -22,7 +22,7 @@ from features.definitions import ITEM_STATS
 from features.item_stats import ItemPartial
 from features.positions import Offsets
 from features.stores import erasures
-from features.stores.erasures import Erasure, Erasures
+from features.stores.erasures import Erasure, Erasures, UnerasedLog
 from features.stores.event_log import EventLog, in_order, user_events
 from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, USERS, LogTable, from_table
 from features.stores.log_positions import SOURCE, by_source, positions
@@ -101,7 +101,7 @@ def rebuild(
     bundle = open_current(registry) if (registry / CURRENT).is_file() else None
     users, profiles = _states(log, USERS)
     replay = PlacedReplay(read_items(log), settings.features)
-    replay.place(placed_entries(log, records))
+    replay.place(placed_entries(log))
     newest = {where: last for table in (EVENTS, FEEDBACK, IMPRESSIONS) for where, last in positions(log, table).items()}
     _, items = _states(log, ITEMS)
     origins = Origins(
@@ -127,29 +127,24 @@ def rebuild(
     )
 
 
-def placed_entries(
-    log: EventLog, records: Sequence[Erasure], end_ms: int | None = None
-) -> Iterator[tuple[Entry, Where]]:
+def placed_entries(log: UnerasedLog, end_ms: int | None = None) -> Iterator[tuple[Entry, Where]]:
     """What a log says, before `end_ms`, of users who were not erased since: in event-time order, with its origin."""
-    lists = _rows(log, IMPRESSIONS, SHOWN_COLUMNS, records, end_ms)
+    lists = _rows(log, IMPRESSIONS, SHOWN_COLUMNS, end_ms)
     streams: list[Iterator[tuple[Entry, Where]]] = [zip(shown(lists), _wheres(lists), strict=True)]
     for table in (EVENTS, FEEDBACK):
-        rows = _rows(log, table, _EVENT_COLUMNS, records, end_ms)
+        rows = _rows(log, table, _EVENT_COLUMNS, end_ms)
         streams.append(zip(user_events(rows), _wheres(rows), strict=True))
     return merge(*streams, key=lambda pair: pair[0].time_ms)
 
 
-def _rows(
-    log: EventLog, table: LogTable, columns: Sequence[str], records: Sequence[Erasure], end_ms: int | None
-) -> pa.Table:
+def _rows(log: UnerasedLog, table: LogTable, columns: Sequence[str], end_ms: int | None) -> pa.Table:
     """Copies stay, as the stream saw them: the states count them."""
     names = [*columns, *_PLACE]
     parts = []
-    for source, rows in by_source(log, table, names):
+    for _, rows in by_source(log, table, names):
         if end_ms is not None:
             rows = rows.filter(pc.less(rows["event_time"].cast(pa.int64()), end_ms))
-        kept = erasures.surviving(rows, source, records)
-        parts.append(rows if kept.all() else rows.filter(pa.array(kept)))
+        parts.append(rows)
     if not parts:
         return pa.schema([*(table.read_schema.field(name) for name in names), SOURCE]).empty_table()
     return in_order(pa.concat_tables(parts).unify_dictionaries().combine_chunks(), copies=True)

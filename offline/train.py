@@ -27,7 +27,7 @@ from core.clock import Clock, SystemClock
 from core.errors import ArtifactError, ConfigError
 from core.settings import Settings
 from features import vectors, windows
-from features.stores.erasures import Erasures
+from features.stores.erasures import UnerasedLog
 from features.stores.event_log import EventLog
 from headrace.v1.events_pb2 import Item
 from offline.batch_scores import write_batch_scores
@@ -129,7 +129,7 @@ class _Run:
     """The steps of one training, each done once."""
 
     def __init__(
-        self, log: EventLog, settings: Settings, work: Path, device: str, before_ms: int | None, reporter: Reporter
+        self, log: UnerasedLog, settings: Settings, work: Path, device: str, before_ms: int | None, reporter: Reporter
     ) -> None:
         self._log, self._settings, self._work = log, settings, work
         self._device, self._before_ms, self._reporter = device, before_ms, reporter
@@ -168,7 +168,7 @@ class _Run:
         index.save(folder / names.INDEX)
         # Apart by source partition, as the stream counts them: what it broadcasts replaces these sums.
         replay = PlacedReplay(self.items, self._settings.features)
-        replay.place(placed_entries(self._log, Erasures(self._log.root).all(), self._before_ms))
+        replay.place(placed_entries(self._log, self._before_ms))
         now_ms = replay.watermark_ms
         write_delimited(folder / names.ITEMS, self.items)
         known = {item.item_id for item in self.items}
