@@ -95,6 +95,11 @@ class Snapshot:
     def put_stats(self, stats: ItemStats) -> None:
         self.catalog.put_stats(stats)
 
+    def tidy(self) -> None:
+        """After a batch of changes."""
+        self.rebuild_index_if_due()
+        self.tell_sizes()
+
     def rebuild_index_if_due(self) -> None:
         """Merges the index's delta in the background when it has grown."""
         if self.index.wants_rebuild():

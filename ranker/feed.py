@@ -5,74 +5,20 @@ serves in place; Kafka being away delays news and never ends the service.
 """
 
 import asyncio
-from collections.abc import Mapping
 
 from core import bundle as bundles
 from core.clock import Clock
-from core.codec import check_item, decode
-from core.errors import ArtifactError, MalformedEventError
-from core.kafka import Record, TopicFollower
+from core.errors import ArtifactError
 from core.process import freeze_heap
 from core.settings import Settings
 from core.telemetry import get_logger
-from core.topics import Topics
-from headrace.v1.events_pb2 import Item, ItemStats
+from features.catalog_feed import CatalogFeed
 from ranker import metrics
 from ranker.release import Release, load_release
 
 _log = get_logger("ranker")
 # A new bundle's release waits so long for the topics before it serves with what it has.
 _SWAP_WAIT_SECONDS = 30.0
-
-
-class CatalogFeed:
-    """Applies the items and item-stats topics to one release."""
-
-    def __init__(self, release: Release, settings: Settings) -> None:
-        self._release = release
-        self._topics = Topics(settings.kafka.topic_prefix)
-        self._follower = TopicFollower(
-            settings.kafka,
-            (self._topics.items, self._topics.item_stats),
-            self.apply,
-            _start_offsets(release.manifest, settings),
-        )
-
-    def start(self) -> None:
-        self._follower.start()
-
-    def stop(self) -> None:
-        self._follower.stop()
-
-    @property
-    def has_caught_up(self) -> bool:
-        return self._follower.caught_up.is_set()
-
-    def wait(self, timeout_seconds: float) -> bool:
-        """Whether everything that was in the topics at the start is applied, within the time given."""
-        return self._follower.caught_up.wait(timeout_seconds)
-
-    def apply(self, records: list[Record]) -> None:
-        """Applies messages in order; those that cannot be read are counted and left out."""
-        for record in records:
-            try:
-                self._apply_one(record)
-            except MalformedEventError as error:
-                metrics.malformed.labels(record.topic).inc()
-                _log.warning("left out", topic=record.topic, offset=record.offset, problem=str(error))
-
-    def _apply_one(self, record: Record) -> None:
-        if record.topic == self._topics.items:
-            if record.value is None:
-                self._release.remove_item(record.key.decode("utf-8", "replace"))
-                return
-            item = decode(Item(), record.value, record.headers)
-            check_item(item)
-            self._release.put_item(item)
-        elif record.value is not None:
-            stats = decode(ItemStats(), record.value, record.headers)
-            if stats.item_id:
-                self._release.put_stats(stats)
 
 
 class Releases:
@@ -117,7 +63,7 @@ class Releases:
     def _open(self, version: str) -> tuple[Release, CatalogFeed]:
         bundle = bundles.open_bundle(self._settings.registry.path / version)
         release = load_release(bundle, self._settings, self._clock)
-        return release, CatalogFeed(release, self._settings)
+        return release, CatalogFeed(release, release.manifest, self._settings, _count_malformed)
 
     def _swap(self, version: str) -> None:
         release, feed = self._open(version)
@@ -137,12 +83,5 @@ def tell_loaded(release: Release) -> None:
     metrics.load_time.set(release.load_time_ms / 1000)
 
 
-def _start_offsets(manifest: bundles.Manifest, settings: Settings) -> Mapping[tuple[str, int], int]:
-    """Where to begin: behind what the bundle includes, if it was made from this very log."""
-    if manifest.log_id != settings.kafka.log_id:
-        return {}
-    offsets = {}
-    for where, offset in manifest.follow_offsets.items():
-        topic, _, partition = where.rpartition("/")
-        offsets[(topic, int(partition))] = offset
-    return offsets
+def _count_malformed(topic: str) -> None:
+    metrics.malformed.labels(topic).inc()

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 from core import bundle as bundles
 from core.bundle import Manifest, ReleaseBundle
-from core.codec import check_item, decode
-from core.errors import ArtifactError, MalformedEventError
-from core.kafka import Record, TopicFollower
+from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
-from core.topics import Topics
 from features.catalog import Catalog
+from features.catalog_feed import CatalogFeed
 from headrace.v1.events_pb2 import Item, ItemStats
 from serving.popular import PopularLists
 from serving.rerank.rules import Rules
@@ -40,6 +38,15 @@ class Release:
     @property
     def version(self) -> str:
         return self.manifest.bundle_version
+
+    def put_item(self, item: Item) -> None:
+        self.catalog.upsert(item)
+
+    def remove_item(self, item_id: str) -> None:
+        self.catalog.remove(item_id)
+
+    def put_stats(self, stats: ItemStats) -> None:
+        self.catalog.put_stats(stats)
 
 
 def load_release(bundle: ReleaseBundle, settings: Settings) -> Release:
@@ -74,53 +81,6 @@ def _weights(bundle: ReleaseBundle) -> dict[str, float]:
     return weights
 
 
-class CatalogFeed:
-    """Keeps a release's catalogue fresh from the compacted topics, on a thread of its own."""
-
-    def __init__(self, release: Release, settings: Settings, malformed: Callable[[str], None]) -> None:
-        self._catalog = release.catalog
-        self._topics = Topics(settings.kafka.topic_prefix)
-        self._malformed = malformed
-        manifest = release.manifest
-        offsets: dict[tuple[str, int], int] = {}
-        if manifest.log_id == settings.kafka.log_id:
-            for where, offset in manifest.follow_offsets.items():
-                topic, _, partition = where.rpartition("/")
-                offsets[(topic, int(partition))] = offset
-        followed = (self._topics.items, self._topics.item_stats)
-        self._follower = TopicFollower(settings.kafka, followed, self._apply, offsets)
-
-    def start(self) -> None:
-        self._follower.start()
-
-    def stop(self) -> None:
-        self._follower.stop()
-
-    def caught_up(self, timeout_seconds: float) -> bool:
-        return self._follower.caught_up.wait(timeout_seconds)
-
-    def _apply(self, records: list[Record]) -> None:
-        for record in records:
-            try:
-                self._apply_one(record)
-            except MalformedEventError as error:
-                self._malformed(record.topic)
-                _log.warning("left out", topic=record.topic, offset=record.offset, problem=str(error))
-
-    def _apply_one(self, record: Record) -> None:
-        if record.topic == self._topics.items:
-            if record.value is None:
-                self._catalog.remove(record.key.decode("utf-8", "replace"))
-                return
-            item = decode(Item(), record.value, record.headers)
-            check_item(item)
-            self._catalog.upsert(item)
-        elif record.value is not None:
-            stats = decode(ItemStats(), record.value, record.headers)
-            if stats.item_id:
-                self._catalog.put_stats(stats)
-
-
 class Releases:
     """The release that serves, and its successors."""
 
@@ -137,7 +97,7 @@ class Releases:
 
     def _open(self) -> tuple[Release, CatalogFeed]:
         release = load_release(bundles.open_current(self._settings.registry.path), self._settings)
-        return release, CatalogFeed(release, self._settings, self._malformed)
+        return release, CatalogFeed(release, release.manifest, self._settings, self._malformed)
 
     async def keep_fresh(self) -> None:
         """Refreshes the popular lists with the catalogue and swaps releases, until cancelled."""
@@ -172,7 +132,7 @@ class Releases:
         release, feed = self._open()
         feed.start()
         # Statistics since the bundle: without them popularity would fall back to the bundle's for a moment.
-        if not feed.caught_up(_CATCH_UP_SECONDS):
+        if not feed.wait(_CATCH_UP_SECONDS):
             _log.warning("the new release serves before it has caught up", version=release.version)
         release.popular.refresh()
         old, self._feed = self._feed, feed

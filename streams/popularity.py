@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from core.bundle import current_version, open_current
-from core.codec import check_item, decode
 from core.errors import ArtifactError, MalformedEventError, StageError
 from core.kafka import Record, TopicFollower
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
 from features.catalog import Catalog
+from features.catalog_feed import apply_record
 from features.definitions import POPULARITY
 from features.stores.layout import Cell
 from features.stores.online import OnlineStore, Write
@@ -117,28 +117,24 @@ class PopularityWriter:
 
     def _follow(self, record: Record) -> None:
         try:
-            self._put(record)
+            apply_record(record, self._topics, self)
         except MalformedEventError as error:
             # The agent that owns the topic sends it to the dead letters.
             _log.debug("record left out", topic=record.topic, offset=record.offset, problem=str(error))
 
-    def _put(self, record: Record) -> None:
-        if record.topic == self._topics.item_stats:
-            if record.value is not None:
-                stats = decode(ItemStats(), record.value, record.headers)
-                self._catalog.put_stats(stats)
-                self._watermark_ms = max(self._watermark_ms, stats.watermark_ms)
-        elif record.value is None:
-            item_id = record.key.decode("utf-8", "replace")
-            self._catalog.remove(item_id)
-            self._news.pop(item_id, None)
-            self._gone.add(item_id)
-        else:
-            item = decode(Item(), record.value, record.headers)
-            check_item(item)
-            self._catalog.upsert(item)
-            self._news[item.item_id] = item
-            self._gone.discard(item.item_id)
+    def put_item(self, item: Item) -> None:
+        self._catalog.upsert(item)
+        self._news[item.item_id] = item
+        self._gone.discard(item.item_id)
+
+    def remove_item(self, item_id: str) -> None:
+        self._catalog.remove(item_id)
+        self._news.pop(item_id, None)
+        self._gone.add(item_id)
+
+    def put_stats(self, stats: ItemStats) -> None:
+        self._catalog.put_stats(stats)
+        self._watermark_ms = max(self._watermark_ms, stats.watermark_ms)
 
     def _load_bundle(self) -> None:
         """Takes items and statistics of the serving bundle, again when there is another one."""
