@@ -125,10 +125,26 @@ class KafkaProducer:
             done.set_exception(StageError("kafka", f"{self._address} is away and the queue is full: {error}"))
         return done
 
-    def post(self, topic: str, key: bytes, value: bytes | None, headers: Mapping[str, bytes] | None = None) -> bool:
-        """Queues one message that nobody waits for; False when the queue is full."""
+    def post(
+        self,
+        topic: str,
+        key: bytes,
+        value: bytes | None,
+        headers: Mapping[str, bytes] | None = None,
+        on_delivery: Callable[[bool], None] | None = None,
+    ) -> bool:
+        """Queues one message that nobody waits for; False when the queue is full.
+
+        `on_delivery` is told, on the producer's thread, whether Kafka has taken it.
+        """
+
+        def report(error: Any, _: Message) -> None:
+            if on_delivery is not None:
+                on_delivery(error is None)
+
+        options: dict[str, Any] = {} if on_delivery is None else {"on_delivery": report}
         try:
-            self._producer.produce(topic, value, key, headers=list((headers or {}).items()))
+            self._producer.produce(topic, value, key, headers=list((headers or {}).items()), **options)
         except (BufferError, KafkaException):
             return False
         return True

@@ -36,6 +36,8 @@ _BACKOFF_SECONDS = (0.05, 2.0)
 _COMMIT_SECONDS = 1.0
 # How long a poll waits for a first message: markers, broadcasts and a stop wait with it.
 _IDLE_SECONDS = 0.02
+# How long the last broadcast may take when the worker stops; what is not acknowledged by then is told again.
+_BROADCAST_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -175,8 +177,7 @@ class BatchReader:
             # After the messages: those of a partition that was lost and came back belong to its former time.
             self._place(consumer)
             self._move_markers(consumer)
-            if self._broadcast.tick():
-                self._told = dict(self._processed)
+            self._note_told(self._broadcast.tick(self._processed))
             # What is less may go through where a batch of thousands of large rows did not.
             self._poll_max = min(2 * self._poll_max, self._settings.streams.poll_max_events)
         except StageError as error:
@@ -342,6 +343,10 @@ class BatchReader:
         offsets = {topic: newest.get((topic, partition), -1) for topic in self._topics.user_keyed}
         return {(self._sources[topic], partition): offset for topic, offset in offsets.items() if offset >= 0}
 
+    def _note_told(self, told: Mapping[Where, int] | None) -> None:
+        # Of what was lost meanwhile, another worker tells.
+        self._told.update({where: offset for where, offset in (told or {}).items() if where in self._told})
+
     def _commit_offsets(self, consumer: Consumer) -> None:
         """Tells the group how far this worker has come. Only tools that show lag read it."""
         offsets = [
@@ -357,8 +362,7 @@ class BatchReader:
             _log.debug("offsets not committed", problem=str(error))
 
     def _drain(self, consumer: Consumer) -> None:
-        if self._broadcast.tick(now=True):
-            self._told = dict(self._processed)
+        self._note_told(self._broadcast.finish(self._processed, _BROADCAST_SECONDS))
         try:
             self._move_markers(consumer, now=True)
         except StageError as error:

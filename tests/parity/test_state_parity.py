@@ -200,7 +200,7 @@ def test_what_a_dead_worker_did_not_tell_the_replicas_is_told_by_the_next(
     written = send(kafka_producer, sent.messages)
     dead = start_reader(settings)
     # Killed between the marker and the broadcast: it posts nothing.
-    dead.reader._broadcast.tick = lambda **_: False
+    dead.reader._broadcast.tick = lambda *_, **__: None
     dead.wait_for(written)
     dead.stop()
     told: dict[bytes, bytes] = {}
