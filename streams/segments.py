@@ -1,15 +1,17 @@
 """Segments of the event log: rows of one stretch of a topic-partition, in the log exactly once.
 
-    ROOT/_staging/<unique>/…                            rows, written but in no reader's sight
+    ROOT/_staging/<time>-<unique>/…                     rows, written but in no reader's sight
     ROOT/_commits/<table>/<source>-p<partition>/<first> one record per stretch: its last offset and its files
 
 Used by sink.py. A stretch is committed by creating the record of its first offset, which only one writer can; then
 its files move to where readers look. Invariant: a record is created once, and whoever opens the partition next
-finishes the move that a dead writer left; so each position lands once, whoever is killed or wakes up late.
+finishes the move that a dead writer left; so each position lands once, whoever is killed or wakes up late. What no
+record names is nobody's, once it is older than any commit can take: `sweep` removes it.
 """
 
 import json
 import os
+import re
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from core.clock import Clock, SystemClock
 from core.errors import StageError
 from features.stores.event_log import EventLog
 from features.stores.event_rows import LogTable
@@ -31,6 +34,9 @@ _RECORDS_KEPT = 3
 # A batch that touches more days than this (a replayed history) lies by month.
 _DAYS_MAX = 8
 _DAY_MS = 86_400_000
+# A commit that takes half as long gives up; what is older was left behind.
+_STAGED_MAX_MS = _DAY_MS
+_STAGED = re.compile(rf"/{_STAGING}/([^/]+)/")
 
 
 class SegmentTakenError(StageError):
@@ -56,8 +62,9 @@ class Stretch:
 class Segments:
     """The committed stretches of one event log."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, clock: Clock | None = None) -> None:
         self._root = root.rstrip("/")
+        self._clock = clock or SystemClock()
         self._files, path = fsspec.core.url_to_fs(self._root)
         self._path = path.rstrip("/")
         self._local = isinstance(self._files, LocalFileSystem)
@@ -86,9 +93,12 @@ class Segments:
             StageError: the folder or object store does not take it; nothing was added, or `position` will finish it.
         """
         name = f"{stretch.name}-{first:012d}-{last:012d}"
-        staging = f"{self._root}/{_STAGING}/{uuid.uuid4().hex}"
+        begin_ms = self._clock.now_ms()
+        staging = f"{self._root}/{_STAGING}/{begin_ms:013d}-{uuid.uuid4().hex}"
         try:
-            staged = EventLog(staging).write(stretch.table, rows, name, by_month=_is_spread(rows)) if len(rows) else []
+            staged = self._stage(staging, stretch, rows, name) if len(rows) else []
+            if self._clock.now_ms() - begin_ms > _STAGED_MAX_MS // 2:
+                raise OSError("this process stood still for hours; it writes these rows anew")
             files = [[path, self._final(path)] for path in staged]
             record = {"last": last, "files": files}
             folder = self._commits(stretch)
@@ -109,16 +119,53 @@ class Segments:
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 
+    def sweep(self) -> int:
+        """Removes rows that failed commits and dead writers have left in no record; returns how many folders.
+
+        Raises:
+            StageError: the folder or object store does not answer.
+        """
+        try:
+            self._files.invalidate_cache()
+            oldest = f"{self._clock.now_ms() - _STAGED_MAX_MS:013d}"
+            old = {name for name in self._names(f"{self._path}/{_STAGING}") if name < oldest}
+            if old:
+                old -= self._named()
+            for name in old:
+                self._remove(f"{self._root}/{_STAGING}/{name}")
+        except (OSError, ValueError, KeyError) as error:
+            raise self._failed(error) from error
+        return len(old)
+
+    def _stage(self, staging: str, stretch: Stretch, rows: pa.Table, name: str) -> list[str]:
+        try:
+            return EventLog(staging).write(stretch.table, rows, name, by_month=_is_spread(rows))
+        except (OSError, ValueError):
+            with suppress(OSError):
+                self._remove(staging)
+            raise
+
+    def _named(self) -> set[str]:
+        """Folders of the staging area that records name: whoever opens their partition moves what is in them."""
+        named: set[str] = set()
+        for path in self._files.glob(f"{self._path}/{_COMMITS}/*/*/*"):
+            if path.rsplit("/", 1)[1].isdigit():
+                record = self._read(str(path)) or {"files": []}
+                named.update(match[1] for staged, _ in record["files"] if (match := _STAGED.search(staged)))
+        return named
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return [str(path).rstrip("/").rsplit("/", 1)[1] for path in self._files.ls(folder, detail=False)]
+        except FileNotFoundError:
+            return []
+
     def _commits(self, stretch: Stretch) -> str:
         return f"{self._path}/{_COMMITS}/{stretch.table.name}/{stretch.name}"
 
     def _records(self, stretch: Stretch) -> list[str]:
         self._files.invalidate_cache()
-        try:
-            names = (str(path).rsplit("/", 1)[1] for path in self._files.ls(self._commits(stretch), detail=False))
-        except FileNotFoundError:
-            return []
-        return sorted(name for name in names if name.isdigit())
+        return sorted(name for name in self._names(self._commits(stretch)) if name.isdigit())
 
     def _read(self, path: str) -> dict[str, Any] | None:
         """A record; None where it has gone in the meantime (a newer one is there)."""

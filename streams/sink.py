@@ -69,7 +69,7 @@ class EventLogSink:
     def __init__(self, settings: StreamsSettings, topics: Topics, clock: Clock | None = None) -> None:
         self._settings = settings
         self._clock = clock or SystemClock()
-        self._segments = Segments(settings.event_log_path)
+        self._segments = Segments(settings.event_log_path, self._clock)
         self._tables = tables_of(topics)
         self._buffers: dict[Where, _Buffer] = {}
         # Guards the buffers; never held while writing.
@@ -153,6 +153,7 @@ class EventLogSink:
         return buffered >= _BUFFERS * self._settings.event_log_max_events or size_bytes >= _BUFFERED_BYTES
 
     def _run(self) -> None:
+        self._sweep()
         while not self._stopping.is_set():
             with self._changed:
                 due = self._due()
@@ -166,6 +167,13 @@ class EventLogSink:
                     self._stopping.wait(_PAUSE_SECONDS)
             if not done:
                 self._stopping.wait(_RETRY_SECONDS)
+
+    def _sweep(self) -> None:
+        try:
+            if left := self._segments.sweep():
+                _log.info("removed what earlier workers had left unfinished in the event log", folders=left)
+        except StageError as error:
+            _log.warning("what earlier workers left unfinished in the event log stays", problem=str(error))
 
     def _due(self) -> list[Where]:
         now, full = self._clock.monotonic(), self._full()

@@ -3,18 +3,24 @@
 import os
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
 
+from core.clock import ManualClock
 from core.codec import from_ms
 from core.errors import StageError
+from core.settings import load_settings
+from core.topics import Topics
 from features.stores import event_rows
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, Source
 from headrace.v1.events_pb2 import Event
 from streams.segments import Segments, SegmentTakenError, Stretch
+from streams.sink import EventLogSink
+from tests.conftest import wait_until
 
 NOW_MS = 1_700_000_000_000
 STRETCH = Stretch(EVENTS, source=0xABC, partition=2)
@@ -117,6 +123,73 @@ def test_the_next_writer_finishes_what_was_committed(tmp_path, monkeypatch) -> N
     assert len(offsets(tmp_path)) == 1
     assert Segments(str(tmp_path)).position(STRETCH) == 4
     assert offsets(tmp_path) == list(range(5))
+
+
+def staged(root) -> int:
+    return len(list((root / "_staging").iterdir()))
+
+
+def test_what_killed_writers_left_is_swept_when_no_commit_can_need_it_any_more(tmp_path, monkeypatch) -> None:
+    clock = ManualClock(NOW_MS)
+    segments = Segments(str(tmp_path), clock)
+    other = Stretch(EVENTS, source=0xABC, partition=3)
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(Killed):
+        segments.commit(STRETCH, 0, 9, rows(0, 9))
+    monkeypatch.undo()
+    monkeypatch.setattr(type(segments._files), "mv", killed)
+    with pytest.raises(Killed):
+        segments.commit(other, 0, 4, rows(0, 4))
+    monkeypatch.undo()
+    clock.advance(3_600_000)
+    assert Segments(str(tmp_path), clock).sweep() == 0
+    clock.advance(24 * 3_600_000)
+    assert Segments(str(tmp_path), clock).sweep() == 1
+    assert staged(tmp_path) == 1, "a record names the other"
+    assert Segments(str(tmp_path), clock).position(other) == 4
+    assert offsets(tmp_path) == list(range(5))
+
+
+def test_the_sink_sweeps_when_it_starts(tmp_path) -> None:
+    left = tmp_path / "_staging" / f"{NOW_MS:013d}-abc" / "events" / "date=2023-11-14"
+    left.mkdir(parents=True)
+    (left / "part.parquet").write_bytes(b"rows")
+    streams = load_settings().streams.model_copy(update={"event_log_path": str(tmp_path)})
+    sink = EventLogSink(streams, Topics())
+    sink.start()
+    wait_until(lambda: not staged(tmp_path))
+    sink.stop()
+
+
+def test_a_failed_commit_leaves_nothing_behind(tmp_path, monkeypatch) -> None:
+    segments = Segments(str(tmp_path))
+
+    def disk_full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", disk_full)
+    with pytest.raises(StageError, match="No space left"):
+        segments.commit(STRETCH, 0, 9, rows(0, 9))
+    monkeypatch.undo()
+    assert staged(tmp_path) == 0
+    segments.commit(STRETCH, 0, 9, rows(0, 9))
+    assert offsets(tmp_path) == list(range(10))
+
+
+def test_a_writer_that_stood_still_for_a_day_commits_nothing_that_may_be_swept(tmp_path, monkeypatch) -> None:
+    clock = ManualClock(NOW_MS)
+    segments = Segments(str(tmp_path), clock)
+    write = EventLog.write
+
+    def frozen(self, *arguments, **options):
+        written = write(self, *arguments, **options)
+        clock.advance(24 * 3_600_000)
+        return written
+
+    monkeypatch.setattr(EventLog, "write", frozen)
+    with pytest.raises(StageError, match="stood still"):
+        segments.commit(STRETCH, 0, 9, rows(0, 9))
+    assert segments.position(STRETCH) == -1
 
 
 def test_a_folder_that_cannot_be_written_is_a_stage_error(tmp_path) -> None:
