@@ -100,6 +100,7 @@ class StreamsSettings(_Section):
     sweep_interval_seconds: Annotated[int, Field(ge=0)]
     stats_broadcast_interval_ms: Positive
     popularity_interval_ms: Positive
+    removed_item_keep_seconds: Positive
     stall_timeout_ms: Positive
     event_log_path: str
     event_log_max_events: Positive

@@ -25,7 +25,7 @@ from streams.app import QuietTopic, make_app
 from streams.broadcast import StatsBroadcast
 from streams.dead_letters import DeadLetters
 from streams.popularity import PopularityWriter
-from streams.profiles import Erasing, ProfileProcessor
+from streams.profiles import Erasing, ProfileProcessor, Removing
 from streams.reader import BatchReader
 from streams.refill import ProfileRefill
 from streams.rows import Rows
@@ -99,11 +99,13 @@ class Worker:
         self.parts: list[Any] = [self.watchdog, self.popularity, self.updater, self.reader]
         if self.sink is not None:
             self.parts.insert(0, self.sink)
-        erasing = Erasing(TopicEnds(settings.kafka, sources), records, self.updater.forget)
+        ends = TopicEnds(settings.kafka, sources)
+        erasing = Erasing(ends, records, self.updater.forget)
+        removing = Removing(streams.removed_item_keep_seconds, ends.stats_partitions)
 
         def processors(for_items: OnlineStore, for_users: OnlineStore) -> dict[str, ProfileProcessor]:
             return {
-                topics.items: ProfileProcessor(ITEM_PROFILE, for_items, sources),
+                topics.items: ProfileProcessor(ITEM_PROFILE, for_items, sources, removing),
                 topics.users: ProfileProcessor(USER_PROFILE, for_users, sources, erasing),
             }
 

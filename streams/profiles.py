@@ -1,10 +1,11 @@
 """What the agents of the quiet topics do with a batch: items and users to profile rows, tombstones to removals.
 
-Called by the Faust agents (app.py) on a thread. Invariant: a row carries its source position and only a later one
-replaces it, so messages may come twice; nothing raises but StageError, which the agent waits out.
+Called by the Faust agents (app.py) on a thread. Invariant: a row carries its source position, that of a removed item or
+user too, and only a later one replaces it, so messages may come twice and a worker that wakes up late brings nothing
+back; nothing raises but StageError, which the agent waits out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import Message
@@ -14,7 +15,7 @@ from core.clock import Clock, SystemClock
 from core.errors import MalformedEventError, StageError
 from core.telemetry import get_logger
 from features import positions
-from features.definitions import ITEM_PROFILE, View
+from features.definitions import ITEM_PROFILE, ITEM_STATS, View
 from features.positions import Offsets
 from features.stores import erasures
 from features.stores.erasures import Erasure, Erasures
@@ -57,6 +58,18 @@ class Erasing:
     clock: Clock = field(default_factory=SystemClock)
 
 
+@dataclass(frozen=True, slots=True)
+class Removing:
+    """What the items agent needs for tombstones.
+
+    A removed item's row says for `keep_seconds` that it was removed; its statistics go then, too. `stats_partitions`
+    gives the source partitions that an item may have statistics of.
+    """
+
+    keep_seconds: int
+    stats_partitions: Callable[[], Iterable[int]]
+
+
 class ProfileProcessor:
     """One of the two quiet topics. Not thread-safe: a store of its own, one batch at a time."""
 
@@ -65,12 +78,12 @@ class ProfileProcessor:
         view: View,
         store: OnlineStore,
         sources: Mapping[str, int],
-        erasing: "Erasing | None" = None,
+        tombstones: Erasing | Removing,
     ) -> None:
         self._view = view
         self._store = store
         self._sources = sources
-        self._erasing = erasing
+        self._tombstones = tombstones
         self._offsets_column = "item_offsets" if view is ITEM_PROFILE else "profile_offsets"
 
     def sort_out(self, batch: Sequence[RawMessage]) -> Profiles:
@@ -92,10 +105,10 @@ class ProfileProcessor:
 
     def write(self, profiles: Profiles) -> None:
         """Writes rows and removes what tombstones name. Raises StageError; writing again does no harm."""
-        if self._erasing is None:
-            self._remove(profiles.removals)
+        if isinstance(self._tombstones, Removing):
+            self._remove(self._tombstones, profiles.removals)
         else:
-            self._erase(self._erasing, profiles.removals)
+            self._erase(self._tombstones, profiles.removals)
         waiting = {key: entry for key, entry in profiles.newest.items() if entry[0] is not None}
         for _ in range(_ATTEMPTS):
             if not waiting:
@@ -103,17 +116,48 @@ class ProfileProcessor:
             waiting = self._write_once(waiting)
         raise StageError("redis", f"{len(waiting)} rows of {self._view.name} were changed by others all the time")
 
-    def _remove(self, removals: Mapping[str, RawMessage]) -> None:
-        """Removes all that is kept under a key, unless the row is newer than the tombstone (which came again)."""
-        stored = self._store.read(self._view, [(key,) for key in removals], (self._offsets_column,))
-        keys = [
-            key
-            for (key, raw), row in zip(removals.items(), stored, strict=True)
-            if self._stored_offsets(row).get((self._sources[raw.topic], raw.partition), -1) < raw.offset
-        ]
-        self._store.delete(self._view, [(key,) for key in keys])
+    def _remove(self, removing: Removing, removals: Mapping[str, RawMessage]) -> None:
+        """Items: leaves a row's position alone, unless the row is newer than the tombstone (which came again)."""
+        waiting = dict(removals)
+        for _ in range(_ATTEMPTS):
+            if not waiting:
+                break
+            rows = self._rows(waiting)
+            older = {key: raw for key, raw in waiting.items() if self._reached(rows[key], raw) < raw.offset}
+            waiting = {key: raw for key, raw in older.items() if not self._bury(removing, key, raw, rows[key])}
+        else:
+            raise StageError("redis", f"{len(waiting)} rows of {self._view.name} were changed by others all the time")
+        buried = [key for key, row in self._rows(removals).items() if _is_buried(row)]
+        self._expire_stats(removing, buried, removing.keep_seconds)
+        # Asked after it, not before: another worker may have revived one just now.
+        self._expire_stats(removing, [key for key, row in self._rows(buried).items() if not _is_buried(row)], 0)
 
-    def _erase(self, erasing: "Erasing", removals: Mapping[str, RawMessage]) -> None:
+    def _bury(self, removing: Removing, key: str, raw: RawMessage, row: Row) -> bool:
+        where, offsets = (self._sources[raw.topic], raw.partition), self._stored_offsets(row)
+        cells: dict[str, Cell] = {self._offsets_column: positions.encode({**offsets, where: raw.offset})}
+        expected = row.raw.get(self._offsets_column, ABSENT)
+        write = Write(self._view, (key,), cells, self._offsets_column, expected)
+        return self._store.replace([write], removing.keep_seconds)
+
+    def _rows(self, keys: Collection[str]) -> dict[str, Row]:
+        rows = self._store.read(self._view, [(key,) for key in keys], (self._offsets_column,))
+        return dict(zip(keys, rows, strict=True))
+
+    def _reached(self, row: Row, raw: RawMessage) -> int:
+        """The newest position of the message's partition that a row includes."""
+        return self._stored_offsets(row).get((self._sources[raw.topic], raw.partition), -1)
+
+    def _revive(self, removing: Removing, keys: Sequence[str]) -> None:
+        """Before removed items are written again: what would have gone with them stays."""
+        self._store.expire(self._view, [(key,) for key in keys], 0)
+        self._expire_stats(removing, keys, 0)
+
+    def _expire_stats(self, removing: Removing, keys: Sequence[str], seconds: int) -> None:
+        if keys:
+            numbers = [str(partition) for partition in removing.stats_partitions()]
+            self._store.expire(ITEM_STATS, [(key, number) for key in keys for number in numbers], seconds)
+
+    def _erase(self, erasing: Erasing, removals: Mapping[str, RawMessage]) -> None:
         """Users: what a tombstone means stands in features/stores/erasures.py."""
         found = [
             Erasure(key, Position(self._sources[raw.topic], raw.partition, raw.offset)) for key, raw in removals.items()
@@ -131,9 +175,12 @@ class ProfileProcessor:
         self, waiting: Mapping[str, tuple[Message | None, RawMessage]]
     ) -> dict[str, tuple[Message | None, RawMessage]]:
         """Writes rows that are newer than what is stored; returns those that somebody else changed meanwhile."""
-        stored = self._store.read(self._view, [(key,) for key in waiting], (self._offsets_column,))
+        rows = self._rows(waiting)
+        if isinstance(self._tombstones, Removing):
+            self._revive(self._tombstones, [key for key, row in rows.items() if _is_buried(row)])
         writes = []
-        for (key, (message, raw)), row in zip(waiting.items(), stored, strict=True):
+        for key, (message, raw) in waiting.items():
+            row = rows[key]
             where, offsets = (self._sources[raw.topic], raw.partition), self._stored_offsets(row)
             if offsets.get(where, -1) < raw.offset:
                 cells = self._cells(message)
@@ -172,3 +219,8 @@ class ProfileProcessor:
 
     def _stored_offsets(self, row: Row) -> Offsets:
         return read_offsets(row.raw.get(self._offsets_column, ABSENT))
+
+
+def _is_buried(row: Row) -> bool:
+    """Whether this is what a tombstone leaves of an item."""
+    return bool(row.raw) and row.time_ms is None

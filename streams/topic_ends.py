@@ -1,6 +1,6 @@
-"""Where the user-keyed topics end, for tombstones: everything up to there is what a user's erasure reaches.
+"""The user-keyed topics' partitions and where they end, for tombstones: up to there is what a user's erasure reaches.
 
-Asked by the users agent (profiles.py) on its thread. Invariant: the answer covers every message of the user that Kafka
+Asked by the agents (profiles.py), each on its thread. Invariant: the answer covers every message of the user that Kafka
 had acknowledged when it was asked.
 """
 
@@ -14,7 +14,7 @@ from core.kafka import client_config
 from core.settings import KafkaSettings
 from core.topics import Topics
 
-_REQUEST_SECONDS = 5.0
+_REQUEST_SECONDS = 15.0
 
 
 class TopicEnds:
@@ -46,10 +46,23 @@ class TopicEnds:
             raise StageError("kafka", f"{self._settings.bootstrap_servers} does not tell where topics end") from error
         return {(self._sources[topic], number): end.offset - 1 for (topic, number), end in ends.items() if end.offset}
 
+    def stats_partitions(self) -> range:
+        """What item statistics may be of: the partitions of the events topic, and -1 for what was imported.
+
+        Raises:
+            StageError: Kafka does not answer.
+        """
+        self._admin = self._admin or AdminClient(client_config(self._settings))
+        try:
+            return range(-1, self._count(self._admin, self._topics.events))
+        except KafkaException as error:
+            raise StageError("kafka", f"{self._settings.bootstrap_servers} does not tell its partitions") from error
+
     def _partitions(self, admin: AdminClient, topic: str, partition: int) -> list[int]:
         """Where the users of a partition of the users topic are: the same one, if the counts agree; else anywhere."""
-        counts = [
-            len(admin.list_topics(name, timeout=_REQUEST_SECONDS).topics[name].partitions)
-            for name in (topic, self._topics.users)
-        ]
-        return [partition] if counts[0] == counts[1] else list(range(counts[0]))
+        count = self._count(admin, topic)
+        return [partition] if count == self._count(admin, self._topics.users) else list(range(count))
+
+    @staticmethod
+    def _count(admin: AdminClient, topic: str) -> int:
+        return len(admin.list_topics(topic, timeout=_REQUEST_SECONDS).topics[topic].partitions)

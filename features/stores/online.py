@@ -38,12 +38,13 @@ if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 return 1
 """
-# As for rows, and what the row held else is gone.
+# As for rows, but ARGV[3] = seconds to keep it (0 = for ever), and what the row held else is gone.
 _COMPARE_AND_REPLACE = """
 local seen = redis.call('HGET', KEYS[1], ARGV[1])
 if (seen or '') ~= ARGV[2] then return 0 end
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
 return 1
 """
 _SCRIPTS = (_COMPARE_AND_SET, _COMPARE_AND_PUT, _COMPARE_AND_REPLACE)
@@ -127,10 +128,11 @@ class OnlineStore:
             return (b"EVALSHA", _COMPARE_AND_SET_SHA, b"1", key, fields[write.guard], write.expected, *values)
         return (b"HSET", key, *values)
 
-    def replace(self, writes: Sequence[Write]) -> bool:
+    def replace(self, writes: Sequence[Write], keep_seconds: int = 0) -> bool:
         """Makes these cells all that is kept of one entity, in one step, if the first write's guard holds.
 
-        The views count as never written: a row of this kind says only which positions are behind it.
+        The views count as never written: a row of this kind says only which positions are behind it, for so long
+        (0 = for ever).
         """
         first = writes[0]
         values: list[bytes] = []
@@ -140,12 +142,18 @@ class OnlineStore:
                 values += [layout.fields[name], encode_cell(layout.types[name], cell)]
         key = row_key(self._project, first.view.join_keys, first.key)
         guard = self._layout(first.view).fields[first.guard]
-        command = (b"EVALSHA", _COMPARE_AND_REPLACE_SHA, b"1", key, guard, first.expected, *values)
+        guarded = (key, guard, first.expected, b"%d" % keep_seconds)
+        command = (b"EVALSHA", _COMPARE_AND_REPLACE_SHA, b"1", *guarded, *values)
         return bool(self._send([command])[0])
 
     def delete(self, view: View, keys: Sequence[tuple[str, ...]]) -> int:
         """Removes whole entities (all views that share the hash); returns how many were there."""
         return sum(self._send([(b"DEL", row_key(self._project, view.join_keys, key)) for key in keys]))
+
+    def expire(self, view: View, keys: Sequence[tuple[str, ...]], seconds: int) -> None:
+        """Lets whole entities go after a time; 0 = they stay, whatever was said before."""
+        names = [row_key(self._project, view.join_keys, key) for key in keys]
+        self._send([(b"EXPIRE", name, seconds) if seconds else (b"PERSIST", name) for name in names])
 
     def clear(self, view: View, keys: Sequence[tuple[str, ...]]) -> None:
         """Removes a view's cells of some entities; what other views keep of them stays."""

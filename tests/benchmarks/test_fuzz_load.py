@@ -42,7 +42,7 @@ def taken(message, offset: int):
         result = try_decode(raw, TOPICS, SOURCES)
         return result if isinstance(result, str) else result.message
     view = ITEM_PROFILE if message.topic == TOPICS.items else USER_PROFILE
-    profiles = ProfileProcessor(view, None, SOURCES).sort_out([raw])
+    profiles = ProfileProcessor(view, None, SOURCES, None).sort_out([raw])
     return profiles.letters[0][1] if profiles.letters else profiles.rows[0][0]
 
 

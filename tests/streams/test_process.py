@@ -141,8 +141,9 @@ def test_items_and_users_become_rows_and_tombstones_remove_them(worker, kafka_pr
     wait_until(lambda: worker.row(ITEM_PROFILE, "b") and worker.row(USER_PROFILE, "u") and worker.row(USER_STATE, "u"))
     send(kafka_producer, worker, topics.items, "a", None)
     send(kafka_producer, worker, topics.users, "u", None)
-    wait_until(lambda: not worker.row(ITEM_PROFILE, "a") and "profile" not in worker.row(USER_PROFILE, "u"))
+    wait_until(lambda: "item" not in worker.row(ITEM_PROFILE, "a") and "profile" not in worker.row(USER_PROFILE, "u"))
     # Positions stay, so that nothing of it comes back.
+    assert set(worker.row(ITEM_PROFILE, "a")) == {"item_offsets"}
     assert set(worker.row(USER_STATE, "u")) == {"state", "offsets"}
     # The erased user acts again: a new state, without what was erased.
     send(kafka_producer, worker, topics.events, "u", event(2, "u"))
@@ -178,7 +179,7 @@ def test_profiles_come_back_into_a_redis_that_was_emptied(own_redis, stream_sett
     own_redis.client().flushall()
     worker.start()
     wait_until(everything)
-    assert not worker.row(ITEM_PROFILE, "gone")
+    assert "item" not in worker.row(ITEM_PROFILE, "gone")
     assert worker.end(signal.SIGTERM) == 0
     worker._ports.close()
 

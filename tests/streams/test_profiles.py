@@ -4,14 +4,17 @@ import pytest
 
 from core.settings import load_settings
 from features import positions, windows
-from features.definitions import ITEM_PROFILE, USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE
-from features.stores.online import OnlineStore, Write, read_offsets
+from features.definitions import ITEM_PROFILE, ITEM_STATS, USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE
+from features.stores.layout import row_key
+from features.stores.online import ABSENT, OnlineStore, Write, read_offsets
 from features.windows import UserState
 from headrace.v1.events_pb2 import Item, User
 from streams.processor import RawMessage
-from streams.profiles import Erasing, ProfileProcessor
+from streams.profiles import Erasing, ProfileProcessor, Removing
 
 SOURCES = {"items": 11, "users": 12}
+KEEP_SECONDS = 1000
+REMOVING = Removing(KEEP_SECONDS, lambda: range(-1, 2))
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def titles(store, *item_ids: str) -> list:
 
 
 def test_the_newest_of_a_batch_holds_and_older_ones_that_come_again_do_not(store) -> None:
-    items = ProfileProcessor(ITEM_PROFILE, store, SOURCES)
+    items = ProfileProcessor(ITEM_PROFILE, store, SOURCES, REMOVING)
     play(items, item(0, "a", "first"), item(1, "b", "b"), item(2, "a", "second"))
     assert titles(store, "a", "b") == ["second", "b"]
     play(items, item(0, "a", "first"))
@@ -52,8 +55,52 @@ def test_the_newest_of_a_batch_holds_and_older_ones_that_come_again_do_not(store
     assert titles(store, "a", "b") == [None, "b"]
 
 
+def life_seconds(store, client, view, *key: str) -> int:
+    """How long a row will still be there; -1 = for ever, -2 = it is not there."""
+    return client.ttl(row_key(store._project, view.join_keys, key))
+
+
+def test_a_removed_item_leaves_its_position_for_a_while(store, shared_redis) -> None:
+    items, client = ProfileProcessor(ITEM_PROFILE, store, SOURCES, REMOVING), shared_redis.client()
+    store.write([Write(ITEM_STATS, ("a", "-1"), {"revision": 1}), Write(ITEM_STATS, ("a", "1"), {"revision": 1})])
+    play(items, item(0, "a", "A"), item(1, "b", "B"))
+    (asleep,) = store.read(ITEM_PROFILE, [("a",)])
+    play(items, item(2, "a", None), item(3, "never", None))
+    (row,) = store.read(ITEM_PROFILE, [("a",)])
+    assert (set(row.cells), row.time_ms) == ({"item_offsets"}, None), "to readers of features there is no row"
+    assert read_offsets(row.raw["item_offsets"]) == {(11, 0): 2}
+    lives = [life_seconds(store, client, ITEM_STATS, "a", number) for number in ("-1", "0", "1")]
+    assert [0 < life <= KEEP_SECONDS for life in lives] == [True, False, True]
+    assert 0 < life_seconds(store, client, ITEM_PROFILE, "a") <= KEEP_SECONDS
+    assert 0 < life_seconds(store, client, ITEM_PROFILE, "never") <= KEEP_SECONDS
+    assert life_seconds(store, client, ITEM_PROFILE, "b") == -1
+    # Neither a message that comes again nor a worker that wakes up late brings it back.
+    play(items, item(0, "a", "A"))
+    for expected in (asleep.raw["item_offsets"], ABSENT):
+        late = Write(ITEM_PROFILE, ("a",), {"title": "A"}, "item_offsets", expected)
+        assert store.write([late]) == [False]
+    assert titles(store, "a") == [None]
+
+
+def test_a_removed_item_that_returns_stays_and_so_do_its_statistics(store, shared_redis) -> None:
+    items, client = ProfileProcessor(ITEM_PROFILE, store, SOURCES, REMOVING), shared_redis.client()
+    store.write([Write(ITEM_STATS, ("a", "0"), {"revision": 1})])
+    play(items, item(0, "a", "A"))
+    play(items, item(1, "a", None))
+    play(items, item(2, "a", "again"))
+    # The tombstone comes again after a restart.
+    play(items, item(1, "a", None))
+    assert titles(store, "a") == ["again"]
+    assert life_seconds(store, client, ITEM_PROFILE, "a") == -1
+    assert life_seconds(store, client, ITEM_STATS, "a", "0") == -1
+    play(items, item(3, "a", None), item(4, "a", "in one batch"))
+    assert titles(store, "a") == ["in one batch"]
+    assert life_seconds(store, client, ITEM_PROFILE, "a") == -1
+    assert life_seconds(store, client, ITEM_STATS, "a", "0") == -1
+
+
 def test_what_is_malformed_becomes_a_letter_and_the_rest_is_written(store) -> None:
-    items = ProfileProcessor(ITEM_PROFILE, store, SOURCES)
+    items = ProfileProcessor(ITEM_PROFILE, store, SOURCES, REMOVING)
     broken = RawMessage("items", 0, 1, b"x", b"\xff", None, 0)
     foreign = item(2, "b", "b")._replace(key=b"other")
     no_key = RawMessage("items", 0, 3, b"\xff\xfe", None, None, 0)
