@@ -214,9 +214,10 @@ def materialize(
     json: AsJson = False,
     config: Config = None,
 ) -> None:
-    """Fill the online store from an event log, as the stream would have; for a first start, before streaming begins.
+    """Fill the online store with what was imported, as the stream would have; for a first start, before streaming.
 
-    Do not stream the same events as well: they would be counted twice. Rows that the stream has written stay.
+    Do not send the same events to the topics as well: they would be counted twice. What the log has from the topics is
+    left to the stream, whose rows stay; to bring those back into a lost Redis, use [bold]headrace rebuild[/].
 
     Example: [bold]headrace materialize --data shop[/]
     """

@@ -14,8 +14,16 @@ import pyarrow as pa
 from core.errors import ConfigError
 from features.stores.erasures import UnerasedLog
 from features.stores.event_log import EventLog
-from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, USERS
+from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, USERS, LogTable
+from features.stores.log_positions import source_of
 from headrace.v1.events_pb2 import Item
+
+
+class ImportedLog(UnerasedLog):
+    """What was imported: what came over the topics is counted by the stream, whose rows carry its positions."""
+
+    def files(self, table: LogTable) -> list[str]:
+        return [path for path in super().files(table) if source_of(path) is None]
 
 
 def open_log(log_root: str | Path, before_ms: int | None = None) -> UnerasedLog:

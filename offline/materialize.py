@@ -1,8 +1,9 @@
-"""Puts into the online store what the stream would have put there for a log, so that serving starts warm.
+"""Puts into the online store what the stream would have put there for imported events, so that serving starts warm.
 
-Run before streaming begins: the demo, a first start, a lost Redis whose topics no longer reach back. Invariant: rows
-that the stream has written (they carry offsets) stay as they are. The statistics go under source partition -1 beside
-the stream's own, so events of the log must not be streamed as well.
+Run before streaming begins: the demo, a first start. Invariant: nothing is counted twice. What the log has from the
+topics is left out, since the stream counts it (in a lost Redis `rebuild` does); rows that the stream has written (they
+carry offsets) stay as they are; the statistics go under source partition -1, beside the stream's own. What was imported
+must not be sent to the topics as well.
 """
 
 import time
@@ -33,7 +34,7 @@ from features.stores.online import ABSENT, OnlineStore, Write, read_offsets
 from features.windows import UserState
 from headrace.v1.events_pb2 import Item, ItemStats, User
 from offline.batch_scores import read_batch_scores, store_batch_scores
-from offline.logs import read_items
+from offline.logs import ImportedLog, read_items
 from offline.models import read_item_vectors
 from offline.popularity import popularity_lists
 from offline.replay import Replay, read_entries
@@ -85,7 +86,7 @@ def materialize(
     before_ms: int | None = None,
     progress: bool = True,
 ) -> MaterializeSummary:
-    """Replays a log and writes its rows.
+    """Replays what was imported into a log and writes its rows; items and users as the log knows them, however.
 
     Args:
         log_root: folder or URL of the event log.
@@ -102,7 +103,7 @@ def materialize(
     log = UnerasedLog(log_root)
     users = list(log.users())
     replay = Replay(read_items(log), settings.features)
-    replay.advance(read_entries(log, end_ms=before_ms))
+    replay.advance(read_entries(ImportedLog(log_root), end_ms=before_ms))
     store = OnlineStore(settings.redis, settings.features.project)
     try:
         store.ping()

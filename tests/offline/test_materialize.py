@@ -1,9 +1,12 @@
 """The online store after `materialize`: what the stream would have written for the same log."""
 
+import shutil
+
 import pytest
 
 from candidate.encoder import UserEncoder
 from candidate.towers import load_towers
+from core.codec import from_ms
 from core.errors import StageError
 from core.settings import load_settings
 from features import windows
@@ -17,13 +20,17 @@ from features.definitions import (
     USER_PROFILE,
     USER_STATE,
 )
+from features.stores import event_rows
+from features.stores.event_log import EventLog
 from features.stores.online import OnlineStore, Write
-from headrace.v1.events_pb2 import Item, ItemStats, User
+from headrace.v1.events_pb2 import Event, Item, ItemStats, User
 from offline.batch_scores import read_batch_scores
 from offline.logs import read_items
 from offline.materialize import materialize
 from offline.models import read_item_vectors
 from offline.replay import Replay, read_entries
+
+NOW_MS = 4_000_000_000_000
 
 
 @pytest.fixture
@@ -113,6 +120,23 @@ def test_rows_of_the_stream_stay_and_a_second_run_changes_nothing(shop, bundle, 
     before = cells(store, USER_STATE, (other,)) + cells(store, USER_EMBEDDING, (other,))
     materialize(shop.root, bundle, online, progress=False)
     assert cells(store, USER_STATE, (other,)) + cells(store, USER_EMBEDDING, (other,)) == before
+
+
+def test_what_came_over_the_topics_is_left_to_the_stream(shop, online, store, replay, tmp_path):
+    """The log of a system that has been running: imported first, then streamed."""
+    root = tmp_path / "log"
+    shutil.copytree(shop.root, root)
+    log = EventLog(root)
+    streamed = Event(event_id="new", user_id="streamed", item_id="i", kind="click", event_time=from_ms(NOW_MS))
+    rows = event_rows.to_table(event_rows.EVENTS, [streamed], [event_rows.Source("t", 0, 9, NOW_MS)])
+    log.write(event_rows.EVENTS, rows, f"{0xABC:016x}-p0-{9:012d}-{9:012d}")
+    assert "streamed" in log.events()["user_id"].to_pylist()
+    summary = materialize(root, None, online, progress=False)
+    assert (summary.users, summary.watermark_ms) == (len(replay.states), replay.watermark_ms)
+    assert cells(store, USER_STATE, ("streamed",)) == [{}]
+    by_item = {stats.item_id: stats.revision for stats in replay.item_stats()}
+    found = cells(store, ITEM_STATS, *[(item, "-1") for item in by_item])
+    assert [row["revision"] for row in found] == list(by_item.values())
 
 
 def test_only_events_before_the_time_count(shop, online, store):
