@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from candidate import metrics
 from candidate.attributes import Attributes
 from candidate.encoder import UserEncoder, encode_items
-from candidate.index import ItemIndex
+from candidate.index import ItemIndex, load_index
 from candidate.towers import Towers, load_towers
 from core.bundle import INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
 from core.errors import ArtifactError
@@ -37,7 +37,6 @@ class Snapshot:
         manifest: Manifest,
         towers: Towers,
         catalog: Catalog,
-        vectors: Floats,
         index: ItemIndex,
         settings: Settings,
     ) -> None:
@@ -47,8 +46,6 @@ class Snapshot:
         self.index = index
         self.encoder = UserEncoder(towers, settings.features)
         self.attributes = Attributes()
-        # By catalogue row, with room for more; zeros where an item has none.
-        self.vectors = vectors
         # Goes up with each item that comes, changes or goes (not with statistics).
         self.items_revision = 0
         self._towers = towers
@@ -56,6 +53,11 @@ class Snapshot:
         for row, item in enumerate(catalog.items):
             self.attributes.put(row, item)
         self.tell_sizes()
+
+    @property
+    def vectors(self) -> Floats:
+        """By catalogue row, with room for more; zeros where an item never had one. [capacity, d]."""
+        return self.index.vectors
 
     @property
     def dimension(self) -> int:
@@ -76,9 +78,6 @@ class Snapshot:
         before = self.catalog.items[row] if row >= 0 else None
         vector = encode_items(self._towers, [item])[0]
         row = self.catalog.upsert(item)
-        if row >= len(self.vectors):
-            self.vectors = _with_room(self.vectors, 2 * row)
-        self.vectors[row] = vector
         self.attributes.put(row, item, before)
         self.index.upsert(row, vector)
         self.items_revision += 1
@@ -130,7 +129,7 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
     if bundle.has(ITEM_STATS):
         for stats in bundle.item_stats():
             catalog.put_stats(stats)
-    index = ItemIndex.load(bundle.file(INDEX))
+    index = load_index(bundle.file(INDEX), vectors)
     version = towers.embedding_version
     for part, theirs in (("manifest", bundle.manifest.embedding_version), ("index", index.info.embedding_version)):
         if theirs != version:
@@ -138,9 +137,7 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
                 f"bundle {bundle.version}: the {part} is of embedding version {theirs or '(none)'}, the towers are "
                 f"of {version}; run `headrace train`"
             )
-    return Snapshot(
-        bundle.manifest, towers, catalog, _with_room(vectors, len(catalog.item_ids) + 1024), index, settings
-    )
+    return Snapshot(bundle.manifest, towers, catalog, index, settings)
 
 
 def read_item_vectors(bundle: ReleaseBundle) -> Floats:
@@ -153,9 +150,3 @@ def read_item_vectors(bundle: ReleaseBundle) -> Floats:
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ArtifactError(f"{path} does not hold vectors of finite numbers; run `headrace train`")
     return vectors.astype(np.float32)
-
-
-def _with_room(vectors: Floats, capacity: int) -> Floats:
-    grown = np.zeros((max(capacity, len(vectors)), vectors.shape[1]), np.float32)
-    grown[: len(vectors)] = vectors
-    return grown

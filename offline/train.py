@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from candidate.index import ItemIndex
+from candidate.index import ItemIndex, save_index
 from candidate.towers import FORMAT as TOWERS_FORMAT
 from candidate.towers import load_towers
 from core import bundle as names
@@ -165,7 +165,7 @@ class _Run:
         index = ItemIndex.build(
             towers.item_vectors, rows, self._settings.candidate.exact_max_items, towers.towers.embedding_version
         )
-        index.save(folder / names.INDEX)
+        save_index(index, folder / names.INDEX)
         # Apart by source partition, as the stream counts them: what it broadcasts replaces these sums.
         replay = PlacedReplay(self.items, self._settings.features)
         replay.place(placed_entries(self._log, self._before_ms))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from candidate.index import ItemIndex
+from candidate.index import ItemIndex, save_index
 from core import bundle as names
 from core.bundle import Manifest, ReleaseBundle, publish, staging_folder, write_delimited
 from core.codec import from_ms
@@ -116,7 +116,7 @@ def publish_bundle(
     write_delimited(staged / names.ITEM_STATS, stats)
     embedding_version = trained.towers.embedding_version
     index = ItemIndex.build(trained.item_vectors, np.arange(len(items)), 1000, embedding_version)
-    index.save(staged / names.INDEX)
+    save_index(index, staged / names.INDEX)
     dimension = trained.item_vectors.shape[1]
     manifest = Manifest(version, embedding_version, f"i-{version}", "", "", T0_MS, T0_MS, dimension, len(items))
     return publish(registry, staged, replace(manifest, log_id="test"))

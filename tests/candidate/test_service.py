@@ -173,7 +173,7 @@ async def test_a_new_item_is_found_by_its_content_and_a_removed_one_is_gone(
     assert {p.source for p in fresh.provenance} >= {"ann", "item_to_item", "new"}
     assert next(p.rank for p in fresh.provenance if p.source == "new") == 0
     info = await running.stub.GetIndexInfo(GetIndexInfoRequest())
-    assert (info.main_item_count, info.delta_item_count, info.tombstone_count, info.dimension) == (80, 1, 0, 32)
+    assert (info.main_item_count, info.delta_item_count, info.tombstone_count, info.dimension) == (81, 0, 0, 32)
     # Its history may hold it at once.
     known = await running.retrieve(state_of("fresh"))
     assert genres(known, "ann")[:5].count("techno") >= 4
