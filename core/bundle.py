@@ -1,6 +1,7 @@
 """Release bundles: one folder that holds one version of everything that must agree.
 
     <registry>/CURRENT                 the version that serves
+    <registry>/HISTORY                 the versions that served, newest last (see core/registry.py)
     <registry>/<version>/manifest.json versions, signature, checksums, metrics
     <registry>/<version>/<files>       see NAMES below
 
@@ -25,6 +26,8 @@ from headrace.v1.events_pb2 import Item, ItemStats
 FORMAT = 1
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
+HISTORY = "HISTORY"
+_HISTORY_MAX = 100
 MAX_RECORD_BYTES = 4 * 1024 * 1024
 
 # Files of a bundle, by what they are.
@@ -129,7 +132,7 @@ def current_version(registry: Path) -> str:
     except OSError as error:
         raise ArtifactError(f"no release bundle in {registry}; make one with `headrace train`") from error
     if not version or "/" in version or version.startswith("."):
-        raise ArtifactError(f"{registry / CURRENT} names no version; promote one with `headrace train`")
+        raise ArtifactError(f"{registry / CURRENT} names no version; promote one with `headrace release promote`")
     return version
 
 
@@ -180,12 +183,52 @@ def put_file(folder: Path, name: str, made: Path) -> None:
 
 
 def promote_version(registry: Path, version: str) -> None:
-    """Makes a version CURRENT, in one step."""
+    """Makes a version CURRENT, in one step, and remembers that it was."""
     if not (registry / version / MANIFEST).is_file():
         raise ArtifactError(f"no bundle {version} in {registry}; it holds: {', '.join(versions(registry)) or 'none'}")
-    temporary = registry / f".{CURRENT}-{os.getpid()}"
-    temporary.write_text(version + "\n", "utf-8")
-    temporary.replace(registry / CURRENT)
+    served = served_versions(registry)
+    _replace(registry / CURRENT, version)
+    if served[-1:] != [version]:
+        _replace(registry / HISTORY, "\n".join([*served, version][-_HISTORY_MAX:]))
+
+
+def roll_back(registry: Path) -> str:
+    """Makes the version CURRENT that served before the one that serves, and returns it.
+
+    Raises:
+        ArtifactError: none served before, or none that is still there.
+    """
+    current, served = current_version(registry), served_versions(registry)
+    # What follows CURRENT in the history is left of a promotion or a rollback that was cut off.
+    newest = max(index for index, version in enumerate(served) if version == current)
+    before = [
+        version for version in served[:newest] if version != current and (registry / version / MANIFEST).is_file()
+    ]
+    if not before:
+        raise ArtifactError(f"no version in {registry} served before {current}; promote one with `headrace release`")
+    _replace(registry / CURRENT, before[-1])
+    _replace(registry / HISTORY, "\n".join(before))
+    return before[-1]
+
+
+def served_versions(registry: Path) -> list[str]:
+    """Versions that were CURRENT, oldest first; the last one is."""
+    try:
+        served = (registry / HISTORY).read_text("utf-8").split()
+    except FileNotFoundError:
+        served = []
+    try:
+        current = current_version(registry)
+    except ArtifactError:
+        return served
+    # Of a registry without a history, or of a promotion that was cut off.
+    return served if current in served else [*served, current]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text + "\n", "utf-8")
+    temporary.replace(path)
 
 
 def versions(registry: Path) -> list[str]:

@@ -132,6 +132,8 @@ class RankerSettings(_Section):
     max_batch_size: Annotated[int, Field(gt=0, le=1024)]
     max_wait_ms: Annotated[float, Field(ge=0)]
     queue_max: Positive
+    keep_previous: bool
+    shadow_queue_max: Positive
 
 
 class StageBudgets(_Section):

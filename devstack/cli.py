@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from devstack import letters_cli
+from devstack import letters_cli, release_cli
 
 DEFAULT_HOME = Path(".headrace")
 _INTERRUPTED = 130
@@ -49,6 +49,7 @@ app = typer.Typer(
 if find_spec("offline.cli") is not None:
     app.add_typer(import_module("offline.cli").app)
 app.add_typer(letters_cli.app, name="dead-letter")
+app.add_typer(release_cli.app, name="release")
 
 Home = Annotated[Path, typer.Option(help="Folder for data, logs and bundles.", file_okay=False)]
 Kafka = Annotated[str, typer.Option(help="embedded, local (from KAFKA_HOME) or HOST:PORT.", metavar="WHICH")]

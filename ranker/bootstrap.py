@@ -19,10 +19,11 @@ from core.settings import Settings
 from core.telemetry import get_logger
 from headrace.v1.ranker_service_pb2_grpc import add_RankerServiceServicer_to_server
 from ranker.batcher import Batcher
-from ranker.feed import Releases, tell_loaded
 from ranker.release import UserJob, score_jobs
+from ranker.releases import Releases, tell_first
 from ranker.scorer import Scores
 from ranker.service import RankerService
+from ranker.shadow import Shadow
 
 _log = get_logger("ranker")
 
@@ -43,7 +44,8 @@ async def serve(settings: Settings, process: Process) -> None:
     releases = await asyncio.to_thread(Releases, settings, clock)
     batcher = make_batcher(settings)
     server = GrpcServer(own.host, own.port, [SERVICE])
-    add_RankerServiceServicer_to_server(RankerService(releases, batcher, clock), server.aio)
+    shadow = Shadow(lambda jobs: score_jobs(jobs, settings), own.shadow_queue_max)
+    add_RankerServiceServicer_to_server(RankerService(releases, batcher, clock, shadow), server.aio)
     watcher: asyncio.Task[None] | None = None
     try:
         await server.start()
@@ -51,14 +53,14 @@ async def serve(settings: Settings, process: Process) -> None:
         releases.feed.start()
         await catch_up(releases, process, settings)
         freeze_heap()
-        tell_loaded(releases.current)
+        tell_first(releases.current)
         watcher = asyncio.create_task(releases.watch())
         is_ready = True
         await server.set_serving(True)
         release = releases.current
         _log.info(
             "ready",
-            bundle=release.manifest.bundle_version,
+            bundle=release.version,
             model=release.model_version,
             device=str(release.scorer.device),
             port=server.port,
@@ -71,6 +73,7 @@ async def serve(settings: Settings, process: Process) -> None:
                 await watcher
         await server.stop()
         await batcher.close()
+        await asyncio.to_thread(shadow.close)
         await asyncio.to_thread(releases.close)
 
 

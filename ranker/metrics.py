@@ -17,5 +17,19 @@ candidates = counter("ranker", "candidates", "Candidates scored.")
 unknown_candidates = counter("ranker", "unknown_candidates", "Candidates that the catalogue does not know.")
 not_finite = counter("ranker", "not_finite", "Inputs and scores that were not finite and were replaced.")
 malformed = counter("ranker", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))
+shadow_users = counter(
+    "ranker", "shadow_users", "Users scored in shadow, or left out because it was behind.", ("outcome",)
+)
+shadow_difference = Histogram(
+    "headrace_ranker_shadow_score_difference",
+    "Mean absolute difference of a user's scores between the shadow and the release that serves.",
+    buckets=(0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+)
+shadow_overlap = Histogram(
+    "headrace_ranker_shadow_top10_overlap",
+    "Share of the ten best items that the shadow and the release that serves agree on.",
+    buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
+loaded_bundles = gauge("ranker", "loaded_bundles", "Bundles in memory: current, previous, experiments, shadow.")
 loads = counter("ranker", "bundle_loads", "Bundles loaded or refused.", ("outcome",))
 load_time = gauge("ranker", "bundle_load_time_seconds", "When the bundle that serves was loaded, since the epoch.")

@@ -52,6 +52,10 @@ class Release:
         self.load_time_ms = load_time_ms
 
     @property
+    def version(self) -> str:
+        return self.manifest.bundle_version
+
+    @property
     def model_version(self) -> str:
         return self.scorer.model.config.model_version
 

@@ -7,7 +7,7 @@ not finite pass, and the scorer replaces them.
 import numpy as np
 
 from core.codec import MAX_ID_CHARS, MAX_TIME_MS, MIN_TIME_MS, to_ms
-from core.errors import InvalidRequestError, MalformedEventError, NotFoundError
+from core.errors import InvalidRequestError, MalformedEventError
 from features import windows
 from features.windows import UserState
 from headrace.v1.ranker_service_pb2 import RankCandidatesRequest, UserCandidates
@@ -28,13 +28,9 @@ def jobs_of(request: RankCandidatesRequest, release: Release, now_ms: int) -> li
 
     Raises:
         InvalidRequestError: a field is out of its limits.
-        NotFoundError: the request asks for a model that is not loaded.
     """
-    if request.model_version not in ("", release.model_version):
-        raise NotFoundError(
-            f"model {request.model_version[:MAX_ID_CHARS]!r} is not loaded, {release.model_version!r} is; leave "
-            "model_version out to get the current one"
-        )
+    if request.HasField("least_confidence") and not 0 <= request.least_confidence <= 1:
+        raise InvalidRequestError("least_confidence", f"must be within 0..1, not {request.least_confidence}")
     if not 1 <= len(request.users) <= MAX_USERS:
         raise InvalidRequestError("users", f"1..{MAX_USERS} are needed, not {len(request.users)}")
     return [_job(f"users[{index}]", user, release, now_ms) for index, user in enumerate(request.users)]

@@ -40,6 +40,8 @@ class Scores(NamedTuple):
     score: Floats
     # Low where the item or the user was hardly seen in training.
     confidence: Floats
+    # Half-width of the band of about one standard deviation around `click`, 0..1.
+    uncertainty: Floats
     # Inputs and outputs that were not finite and were replaced.
     replaced_count: int
 
@@ -117,14 +119,13 @@ class Scorer:
             score = score * (1 - _VALUE_SHARE + _VALUE_SHARE * value)
         if self._trained[CONVERSION]:
             score = (1 - _CONVERSION_SHARE) * score + _CONVERSION_SHARE * conversion
-        return Scores(click, conversion, value, score, self._confidence(one), replaced)
+        support = _support(one)
+        # As of a rate that was counted over the item's support and a prior of as much as halves the confidence.
+        uncertainty = np.sqrt(click * (1 - click) / (support + _HALF_SUPPORT)).astype(np.float32)
+        return Scores(click, conversion, value, score, self._confidence(one, support), uncertainty, replaced)
 
-    def _confidence(self, one: RankerInput) -> Floats:
+    def _confidence(self, one: RankerInput, support: Floats) -> Floats:
         """How much was known, [C]: support / (support + 3) of the item, halved for users without history."""
-        shown = np.nan_to_num(one.candidates[:, [_IMPRESSIONS, _CLICKS]], posinf=0.0, neginf=0.0)
-        counts = np.expm1(np.clip(shown, 0, 20))
-        # A click says as much of an item as ten impressions do.
-        support = counts[:, 1] + 0.1 * counts[:, 0]
         confidence = support / (support + _HALF_SUPPORT)
         trained = (one.candidate_rows >= 0) & (one.candidate_rows < self.table.vector_count)
         confidence = np.where(trained, confidence, np.minimum(confidence, _MAX_UNTRAINED_CONFIDENCE))
@@ -132,6 +133,13 @@ class Scorer:
         if not one.user[_KNOWN_USER] > 0:
             confidence = confidence * _UNKNOWN_USER_FACTOR
         return confidence.astype(np.float32)
+
+
+def _support(one: RankerInput) -> Floats:
+    """Clicks that each candidate's statistics stand for, [C]; a click says as much of an item as ten impressions do."""
+    counted = np.expm1(np.nan_to_num(one.candidates[:, [_IMPRESSIONS, _CLICKS]], posinf=0.0, neginf=0.0).clip(0, 20))
+    support: Floats = counted[:, 1] + np.float32(0.1) * counted[:, 0]
+    return support
 
 
 def collate(
@@ -169,4 +177,4 @@ def _bounded(values: Floats) -> Floats:
 
 
 _NOTHING: Floats = np.zeros(0, np.float32)
-_EMPTY = Scores(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0)
+_EMPTY = Scores(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0)

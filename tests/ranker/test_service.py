@@ -36,9 +36,9 @@ from headrace.v1.ranker_service_pb2 import (
 from headrace.v1.ranker_service_pb2_grpc import RankerServiceStub, add_RankerServiceServicer_to_server
 from ranker.batcher import Batcher
 from ranker.bootstrap import SERVICE, make_batcher
-from ranker.feed import Releases
 from ranker.model import load_ranker, save_ranker
 from ranker.release import UserJob, score_jobs
+from ranker.releases import Releases
 from ranker.scorer import Scores
 from ranker.service import RankerService
 
@@ -264,6 +264,41 @@ async def test_an_expired_call_is_late_and_a_full_queue_refuses(
     assert "try again" in text
     gate.set()
     assert len((await working).users[0].scores) == len((await waiting).users[0].scores) == 1
+
+
+async def test_a_request_names_its_bundle_and_gets_it(make_bundle: MakeBundle, start: Start) -> None:
+    make_bundle("v1", seed=1)
+    running = await start()
+    make_bundle("v2", seed=2)
+    assert await running.releases.look()
+    request = RankCandidatesRequest(users=[asked(1, 2)], bundle_version="v1")
+    assert (await running.stub.RankCandidates(request, timeout=20)).bundle_version == "v1"
+    request.bundle_version = "v0"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.stub.RankCandidates(request, timeout=20)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    info = await running.stub.GetModelInfo(RankerServiceGetModelInfoRequest(), timeout=5)
+    assert list(info.loaded_bundle_versions) == ["v2", "v1"]
+    running.releases.close()
+
+
+async def test_items_of_low_confidence_are_marked_where_the_request_asks(make_bundle: MakeBundle, start: Start) -> None:
+    make_bundle()
+    running = await start()
+    # Item 7 was never clicked, item 6 was; the last one is unknown.
+    user = asked(7, 6, 999)
+    request = RankCandidatesRequest(users=[user], least_confidence=0.1)
+    ranked = (await running.stub.RankCandidates(request, timeout=20)).users[0]
+    assert list(ranked.below_confidence) == [confidence < 0.1 for confidence in ranked.confidences]
+    assert list(ranked.below_confidence) == [True, False, True]
+    assert ranked.click_uncertainties[0] > ranked.click_uncertainties[1] > 0
+    plain = (await running.rank(user)).users[0]
+    assert not plain.below_confidence
+    assert not plain.click_uncertainties
+    request.least_confidence = 2
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.stub.RankCandidates(request, timeout=20)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_model_info_says_what_is_loaded(make_bundle: MakeBundle, start: Start) -> None:

@@ -26,8 +26,14 @@ class RankCandidatesRequest(_message.Message):
 
     USERS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    BUNDLE_VERSION_FIELD_NUMBER: _builtins.int
+    LEAST_CONFIDENCE_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """Score with this model, if it is loaded. Absent = the current one."""
+    bundle_version: _builtins.str
+    """Score with this bundle, if it is loaded: the current one, the one before it, experiments. Absent = the current one."""
+    least_confidence: _builtins.float
+    """Items of a lower confidence are marked in RankedUser.below_confidence, 0..1. Absent = none is."""
     @_builtins.property
     def users(self) -> _containers.RepeatedCompositeFieldContainer[Global___UserCandidates]:
         """1..64."""
@@ -37,12 +43,16 @@ class RankCandidatesRequest(_message.Message):
         *,
         users: _abc.Iterable[Global___UserCandidates] | None = ...,
         model_version: _builtins.str = ...,
+        bundle_version: _builtins.str = ...,
+        least_confidence: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_least_confidence", b"_least_confidence", "least_confidence", b"least_confidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_least_confidence", b"_least_confidence", "bundle_version", b"bundle_version", "least_confidence", b"least_confidence", "model_version", b"model_version", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__least_confidence: _TypeAlias = _typing.Literal["least_confidence"]  # noqa: Y015
+    _WhichOneofArgType__least_confidence: _TypeAlias = _typing.Literal["_least_confidence", b"_least_confidence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__least_confidence) -> _WhichOneofReturnType__least_confidence | None: ...
 
 Global___RankCandidatesRequest: _TypeAlias = RankCandidatesRequest  # noqa: Y015
 
@@ -143,6 +153,8 @@ class RankedUser(_message.Message):
     VALUE_SCORES_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
     CONFIDENCES_FIELD_NUMBER: _builtins.int
+    BELOW_CONFIDENCE_FIELD_NUMBER: _builtins.int
+    CLICK_UNCERTAINTIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def click_scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Parallel to UserCandidates.item_ids; each a calibrated probability, 0..1."""
@@ -161,6 +173,14 @@ class RankedUser(_message.Message):
     def confidences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """0..1 per candidate; low where the item was not in training."""
 
+    @_builtins.property
+    def below_confidence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Where the request gives least_confidence: whether the item counts as unknown, and the half-width of the band in
+        which its click score is uncertain, 0..1.
+        """
+
+    @_builtins.property
+    def click_uncertainties(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     def __init__(
         self,
         *,
@@ -169,10 +189,12 @@ class RankedUser(_message.Message):
         value_scores: _abc.Iterable[_builtins.float] | None = ...,
         scores: _abc.Iterable[_builtins.float] | None = ...,
         confidences: _abc.Iterable[_builtins.float] | None = ...,
+        below_confidence: _abc.Iterable[_builtins.bool] | None = ...,
+        click_uncertainties: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["click_scores", b"click_scores", "confidences", b"confidences", "conversion_scores", b"conversion_scores", "scores", b"scores", "value_scores", b"value_scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_confidence", b"below_confidence", "click_scores", b"click_scores", "click_uncertainties", b"click_uncertainties", "confidences", b"confidences", "conversion_scores", b"conversion_scores", "scores", b"scores", "value_scores", b"value_scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -224,15 +246,26 @@ class RankerServiceGetModelInfoResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    LOADED_BUNDLE_VERSIONS_FIELD_NUMBER: _builtins.int
+    SHADOW_BUNDLE_VERSION_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
     bundle_version: _builtins.str
     model_version: _builtins.str
     feature_signature: _builtins.str
     parameter_count: _builtins.int
     device: _builtins.str
+    shadow_bundle_version: _builtins.str
+    """Empty = none."""
+    form: _builtins.str
+    """How the current one is computed: torch, onnx, onnx-int8, ..."""
     @_builtins.property
     def load_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    @_builtins.property
+    def loaded_bundle_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """All that may be asked for by name, the current one first."""
+
     def __init__(
         self,
         *,
@@ -243,10 +276,13 @@ class RankerServiceGetModelInfoResponse(_message.Message):
         device: _builtins.str = ...,
         load_time: _timestamp_pb2.Timestamp | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        loaded_bundle_versions: _abc.Iterable[_builtins.str] | None = ...,
+        shadow_bundle_version: _builtins.str = ...,
+        form: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "device", b"device", "feature_signature", b"feature_signature", "load_time", b"load_time", "metrics", b"metrics", "model_version", b"model_version", "parameter_count", b"parameter_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "device", b"device", "feature_signature", b"feature_signature", "form", b"form", "load_time", b"load_time", "loaded_bundle_versions", b"loaded_bundle_versions", "metrics", b"metrics", "model_version", b"model_version", "parameter_count", b"parameter_count", "shadow_bundle_version", b"shadow_bundle_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
