@@ -178,7 +178,10 @@ def topics(
 
 @app.command()
 def erase(
-    user_id: Annotated[str, typer.Argument(help="The user to erase.")],
+    user_id: Annotated[str, typer.Argument(help="The user to erase.", show_default=False)] = "",
+    pending: Annotated[
+        bool, typer.Option("--pending", help="Instead of a user: all whose tombstones came from elsewhere.")
+    ] = False,
     data: Annotated[
         str | None, typer.Option(help="Event log: folder or fsspec URL. Else that of the settings.")
     ] = None,
@@ -192,30 +195,48 @@ def erase(
     timeout_seconds: Annotated[float, typer.Option(min=1, help="How long the stream worker may take.")] = 60,
     config: Config = None,
 ) -> None:
-    """Erase a user: online store, event log, batch scores, caches; with a receipt of what went and what stays.
+    """Erase a user: online store, event log, batch scores, dead letters, caches; with a receipt of what went and stays.
 
-    Sends the user's tombstone (a null value on the users topic, which any producer may send), waits until the stream
-    worker has erased the row, then rewrites the files. What came before does not come back when Kafka is read again
-    or the store is rebuilt. Kafka itself forgets by its own retention; the receipt says when. A user who comes back
-    begins anew.
+    Sends the user's tombstone (a null value on the users topic, which any producer may send). The tombstone alone has
+    the stream worker erase the user's rows for good and the caches forget them; from then on nobody who reads the event
+    log sees the user: not training, scores, rebuild or history. This command adds what lies in files and letters: the
+    event log, the bundles' batch scores and the dead letters are rewritten without the user.
+
+    After tombstones that other producers sent, [bold]headrace erase --pending[/] does that for all of them in one pass:
+    run it each night. Kafka's own topics forget by their retention; the receipt says when. A user who comes back begins
+    anew.
 
     Example: [bold]headrace erase u-4711 --reason "request 2026-118"[/]
     """
     import orjson
 
+    from core.errors import ConfigError
     from core.kafka import wait_for_kafka
     from core.settings import load_settings
     from devstack.erase import erase as run
+    from devstack.erase import erase_pending
 
+    if bool(user_id) == pending:
+        raise ConfigError("say one of the two: a user id, or --pending")
     settings = load_settings(config)
     wait_for_kafka(settings.kafka, _KAFKA_TIMEOUT_SECONDS)
     log, folder = data or settings.streams.event_log_path, registry or settings.registry.path
-    done = run(user_id, log, folder, settings, reason=reason, timeout_seconds=timeout_seconds)
-    path = receipt or Path(f"erased-{done.finished_time.replace(':', '')}.json")
-    path.write_bytes(orjson.dumps(done.as_dict(), option=orjson.OPT_INDENT_2) + b"\n")
-    for place, count in done.removed.items():
-        typer.echo(f"{count:>8,}  {place}")
-    typer.echo(
-        f"not found in {len(done.not_found)} other places; Kafka holds {len(done.kafka_holds)} topics for a while"
-    )
+    how: dict[str, Any] = {"reason": reason, "timeout_seconds": timeout_seconds}
+    receipts = erase_pending(log, folder, settings, **how) if pending else [run(user_id, log, folder, settings, **how)]
+    if not receipts:
+        typer.echo("nothing to do: no tombstone waits for its files")
+        return
+    path = receipt or Path(f"erased-{receipts[0].finished_time.replace(':', '')}.json")
+    content: Any = [one.as_dict() for one in receipts] if pending else receipts[0].as_dict()
+    path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+    for done in receipts:
+        if pending:
+            typer.echo(f"user {done.user_id}")
+        for place, count in done.removed.items():
+            typer.echo(f"{count:>8,}  {place}")
+        for position, why in done.dead_letters_left.items():
+            typer.echo(f"    left  dead letter {position}: {why}")
+        typer.echo(
+            f"not found in {len(done.not_found)} other places; Kafka holds {len(done.kafka_holds)} topics for a while"
+        )
     typer.echo(f"receipt: {path}")

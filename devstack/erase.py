@@ -1,36 +1,31 @@
-"""Erases a user everywhere, and says so in a receipt. Behind `headrace erase`.
+"""Erases users everywhere, and says so in receipts. Behind `headrace erase`.
 
-Order: the tombstone, which the stream worker turns into an erased row and a record (features/stores/erasures.py);
-then, when the event log holds all that came before it, the files: event log, batch scores of bundles. What Kafka
-holds nobody can rewrite: the receipt says until when it is there. Invariant: files are replaced one by one, each in
-one step, and only after the row is gone; a run that was cut off is finished by another one.
+A tombstone alone has the stream worker erase the rows and leave a record (features/stores/erasures.py), which every
+reader of the log follows. This sends it, and does what a tombstone alone does not: when the event log holds all that
+came before it, the event log, the batch scores of bundles and the dead letters are rewritten. What Kafka's topics hold
+nobody can rewrite: the receipt says until when it is there. Invariant: files change only after the row is gone, and a
+record counts as done only after all of them; a run that was cut off is finished by another one.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from core.bundle import BATCH_SCORES, MANIFEST, put_file
 from core.codec import check_id
-from core.errors import StageError
+from core.errors import ConfigError, StageError
 from core.kafka import KafkaProducer, topic_sources
 from core.settings import Settings
-from core.topics import Topics
-from devstack.letters import Choice, read_letters
+from core.topics import Topics, dead_letter
+from devstack.erase_files import Removed, rewrite_bundles, rewrite_log
+from devstack.letter_removal import may_name_user, names_user, remove_letters
+from devstack.letters import Letter, erasing_letters
 from devstack.retention import Retention, retention_of
 from features.definitions import USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE
 from features.stores import erasures
 from features.stores.erasures import Erasure, Erasures
-from features.stores.event_log import EventLog
-from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, USERS
-from features.stores.log_positions import source_of
 from features.stores.online import OnlineStore, read_offsets
 from features.windows import Position
 from streams.segments import Segments, Stretch
@@ -40,6 +35,18 @@ _POLL_SECONDS = 0.05
 _USER_VIEWS = (USER_STATE, USER_EMBEDDING, USER_BATCH_SCORES, USER_PROFILE)
 # What stays of an erased row: positions, in columns and in the state (which has no revision then).
 _LEFT = frozenset(["state", "offsets", "profile_offsets"])
+_LETTERS = "dead letters"
+_STAYS = (
+    "online store: one row without features, with the positions behind which the user's messages are replays",
+    "event log: _erased/, the user's id and the same positions, so that no replay or rebuild brings anything back",
+    "event log: _staging/, rows that a killed worker left unfinished, for a day and until a worker starts",
+    "dead letters that were removed: no reader gets them; in the broker's files until a letter after segment.ms",
+    "item statistics: sums over everybody, without ids; a rebuild makes them anew without the user",
+    "models: trained before the erasure; `headrace train` makes them anew without the user",
+    "Feast's offline files: `headrace history` makes them anew without the user",
+    "serving's memory: nothing, the last good answer went with the tombstone",
+    "the stream worker's memory: the old state, unused, until room is needed, the user acts, or it restarts",
+)
 
 
 @dataclass(slots=True)
@@ -49,13 +56,15 @@ class Receipt:
     user_id: str
     reason: str
     requested_time: str
+    # Where the users topic has it.
     tombstone: str = ""
     removed: dict[str, int] = field(default_factory=dict)
     not_found: list[str] = field(default_factory=list)
     # The user has acted since: what the online store holds now is from after the erasure.
     came_back: bool = False
     kafka_holds: dict[str, Retention] = field(default_factory=dict)
-    dead_letters: list[str] = field(default_factory=list)
+    # Positions of dead letters that are still there, and why.
+    dead_letters_left: dict[str, str] = field(default_factory=dict)
     stays: list[str] = field(default_factory=list)
     finished_time: str = ""
 
@@ -94,15 +103,68 @@ def erase(
         record = _erase_row(store, user_id, log_root, settings, receipt, timeout_seconds)
         for view in _USER_VIEWS:
             receipt.count(f"online store: {view.name}", int(held[view.name]))
-        _wait_for_log(record, log_root, settings, timeout_seconds)
-        _rewrite_log(log_root, user_id, receipt)
-        _rewrite_bundles(registry, user_id, receipt)
-        _look_again(store, record, receipt)
+        _finish([record], [receipt], store, log_root, registry, settings, timeout_seconds)
     finally:
         store.close()
-    _tell_what_stays(settings, user_id, receipt)
-    receipt.finished_time = _now()
     return receipt
+
+
+def erase_pending(
+    log_root: str, registry: Path, settings: Settings, *, reason: str = "", timeout_seconds: float = 60
+) -> list[Receipt]:
+    """Rewrites the files for all users whose tombstones a stream worker has taken and nobody has finished.
+
+    Args as of `erase`. Returns a receipt for each user; none where there is nothing to do.
+
+    Raises:
+        StageError: as `erase`.
+    """
+    pending = {one.user_id: one for one in Erasures(log_root).unfinished()}
+    receipts = [
+        Receipt(user_id, reason, _time(one.time_ms), tombstone="/".join(map(str, one.tombstone[1:])))
+        for user_id, one in pending.items()
+    ]
+    if not pending:
+        return []
+    store = OnlineStore(settings.redis, settings.features.project)
+    try:
+        _finish(list(pending.values()), receipts, store, log_root, registry, settings, timeout_seconds)
+    finally:
+        store.close()
+    return receipts
+
+
+def _finish(
+    records: Sequence[Erasure],
+    receipts: Sequence[Receipt],
+    store: OnlineStore,
+    log_root: str,
+    registry: Path,
+    settings: Settings,
+    timeout_seconds: float,
+) -> None:
+    """All that comes after the rows are gone; each record has its receipt."""
+    by_user = {receipt.user_id: receipt for receipt in receipts}
+    _wait_for_log(records, log_root, settings, timeout_seconds)
+    # Earlier ones of the same users, too: a run may have been cut off.
+    book = Erasures(log_root)
+    all_records = [one for one in book.all() if one.user_id in by_user]
+    _count(rewrite_log(log_root, all_records), by_user)
+    _count(rewrite_bundles(registry, by_user.keys()), by_user)
+    Segments(log_root).sweep()
+    _remove_letters(settings, all_records, by_user)
+    for record in records:
+        _look_again(store, record, by_user[record.user_id])
+    _tell_what_stays(settings, receipts)
+    for receipt in receipts:
+        receipt.finished_time = _now()
+    book.finish(all_records, receipts[0].finished_time)
+
+
+def _count(removed: Removed, receipts: dict[str, Receipt]) -> None:
+    for place, counts in removed.items():
+        for user_id, receipt in receipts.items():
+            receipt.count(place, counts[user_id])
 
 
 # --- the online store ---
@@ -124,7 +186,7 @@ def _erase_row(
         written = producer.send(topic, user_id.encode(), None).result(20)
     finally:
         producer.close()
-    receipt.tombstone = f"{written.topic}/{written.partition}/{written.offset}"
+    receipt.tombstone = f"{written.partition}/{written.offset}"
     tombstone = Position(source, written.partition, written.offset)
     bare = Erasure(user_id, tombstone)
     if not _until(lambda: not erasures.pending(store, [bare]), timeout_seconds):
@@ -153,22 +215,22 @@ def _look_again(store: OnlineStore, record: Erasure, receipt: Receipt) -> None:
         erasures.apply_anew(store, record)
 
 
-# --- files ---
+# --- the event log ---
 
 
-def _wait_for_log(record: Erasure, log_root: str, settings: Settings, timeout_seconds: float) -> None:
-    """Returns when the log holds all that came before the tombstone: what comes later would bring it back."""
+def _wait_for_log(records: Sequence[Erasure], log_root: str, settings: Settings, timeout_seconds: float) -> None:
+    """Returns when the log holds all that came before the tombstones: what comes later would bring it back."""
     if log_root.rstrip("/") != settings.streams.event_log_path.rstrip("/"):
         return
     topics, segments = Topics(settings.kafka.topic_prefix), Segments(log_root)
     tables = tables_of(topics)
     topic_of = {source: topic for topic, source in topic_sources(settings.kafka, topics.inbound).items()}
-    targets = {**record.cut, record.tombstone[:2]: record.tombstone.offset}
-    waiting = {
-        Stretch(tables[topic_of[source]], source, partition): offset
-        for (source, partition), offset in targets.items()
-        if source in topic_of
-    }
+    waiting: dict[Stretch, int] = {}
+    for record in records:
+        for (source, partition), offset in {**record.cut, record.tombstone[:2]: record.tombstone.offset}.items():
+            if source in topic_of:
+                stretch = Stretch(tables[topic_of[source]], source, partition)
+                waiting[stretch] = max(offset, waiting.get(stretch, -1))
 
     def reached() -> bool:
         return all(segments.position(stretch) >= offset for stretch, offset in waiting.items())
@@ -181,72 +243,61 @@ def _wait_for_log(record: Erasure, log_root: str, settings: Settings, timeout_se
         )
 
 
-def _rewrite_log(log_root: str, user_id: str, receipt: Receipt) -> None:
-    log, records = EventLog(log_root), Erasures(log_root).of(user_id)
-    for table in (EVENTS, FEEDBACK, IMPRESSIONS, USERS):
-        removed = 0
-        for path in log.files(table):
-            rows = log.read(table, [path], ["user_id", "partition", "offset", "ingest_time"])
-            if not _names(rows, user_id):
-                continue
-            kept = erasures.surviving(rows, source_of(path), records, profiles=table is USERS)
-            if not kept.all():
-                # An empty file stays: its name says how far the log has come.
-                log.rewrite(path, pa.array(kept))
-                removed += int((~kept).sum())
-        receipt.count(f"event log: {table.name}", removed)
+# --- dead letters ---
 
 
-def _rewrite_bundles(registry: Path, user_id: str, receipt: Receipt) -> None:
-    """Batch scores: those of bundles, and finished parts of runs that were cut off."""
-    for path in _score_files(registry):
-        rows = pq.read_table(path, partitioning=None)
-        kept = pc.not_equal(rows["user_id"], user_id)
-        removed = rows.num_rows - (pc.sum(kept).as_py() or 0)
-        where = path.relative_to(registry).as_posix()
-        receipt.count(f"bundles: {where}", removed)
-        if not removed:
-            continue
-        unfinished = path.with_name(f".{path.name}.erasing")
-        pq.write_table(rows.filter(kept), unfinished, compression="zstd")
-        if path.name == BATCH_SCORES and (path.parent / MANIFEST).is_file():
-            put_file(path.parent, BATCH_SCORES, unfinished)
-        else:
-            unfinished.replace(path)
+def _remove_letters(settings: Settings, records: Sequence[Erasure], receipts: dict[str, Receipt]) -> None:
+    """Those from before the tombstones, as positions tell."""
+    erases = erasing_letters(settings, records)
+    found: dict[str, tuple[str, str]] = {}
+    may_name: dict[str, str] = {}
 
+    def is_unwanted(letter: Letter) -> bool:
+        for user_id in receipts:
+            if names_user(letter, user_id) and erases(letter.letter, user_id):
+                found[letter.position] = user_id, letter.position.partition("/")[0]
+                return True
+            if may_name_user(letter, user_id):
+                may_name[letter.position] = user_id
+        return False
 
-def _score_files(registry: Path) -> Iterator[Path]:
-    for path in sorted(registry.rglob("*.parquet")):
-        if "user_id" in pq.read_schema(path).names:
-            yield path
-
-
-def _names(rows: pa.Table, user_id: str) -> bool:
-    return bool(pc.any(pc.equal(rows["user_id"].cast(pa.string()), user_id)).as_py())
+    problem = ""
+    try:
+        remove_letters(settings.kafka, is_unwanted)
+    except (StageError, ConfigError) as error:
+        problem = str(error)
+    left = {position: (user_id, problem) for position, (user_id, _) in found.items() if problem}
+    why = "names the user, perhaps, or is from after the tombstone: `headrace dead-letter show` it, `remove` it"
+    left |= {position: (user_id, why) for position, user_id in may_name.items() if position not in found}
+    for position, (user_id, reason) in left.items():
+        receipts[user_id].dead_letters_left[position] = reason
+    for user_id, receipt in receipts.items():
+        topics = [topic for position, (owner, topic) in found.items() if owner == user_id and position not in left]
+        for topic in sorted(set(topics)):
+            receipt.count(f"{_LETTERS}: {topic}", topics.count(topic))
+        if not topics:
+            receipt.count(_LETTERS, 0)
 
 
 # --- what stays ---
 
 
-def _tell_what_stays(settings: Settings, user_id: str, receipt: Receipt) -> None:
+def _tell_what_stays(settings: Settings, receipts: Sequence[Receipt]) -> None:
     topics = Topics(settings.kafka.topic_prefix)
-    letters = read_letters(settings.kafka, Choice())
-    needle = user_id.encode()
-    receipt.dead_letters = [
-        one.position for one in letters if one.letter.key == needle or needle in one.letter.value
-    ]  # fmt: skip
-    names = [*topics.user_keyed, topics.users]
-    names += [f"{name}.dead-letter" for name in (*topics.inbound,)] if receipt.dead_letters else []
-    receipt.kafka_holds = retention_of(settings.kafka, names)
-    receipt.stays = [
-        "online store: one row without features, with the positions behind which the user's messages are replays",
-        "event log: _erased/, the user's id and the same positions, so that no replay or rebuild brings anything back",
-        "item statistics: sums over everybody, without ids; a rebuild makes them anew without the user",
-        "models: trained before the erasure; `headrace train` makes them anew without the user",
-        "Feast's offline files: `headrace history` makes them anew without the user",
-        "serving's memory: nothing, the last good answer went with the tombstone",
-        "the stream worker's memory: the old state, unused, until the room is needed, the user acts, or it restarts",
-    ]
+    held = retention_of(settings.kafka, [*topics.user_keyed, topics.users])
+    letters = retention_of(settings.kafka, [dead_letter(name) for name in topics.inbound])
+    for receipt in receipts:
+        # What was deleted no reader gets any more; the broker's files still have it.
+        named = [dead_letter(name) for name in topics.inbound if _has_letters(receipt, settings, name)]
+        receipt.kafka_holds = held | {name: letters[name] for name in named}
+        receipt.stays = list(_STAYS)
+
+
+def _has_letters(receipt: Receipt, settings: Settings, topic: str) -> bool:
+    short = topic.removeprefix(f"{settings.kafka.topic_prefix}.").partition(".")[0]
+    return f"{_LETTERS}: {short}" in receipt.removed or any(
+        position.startswith(f"{short}/") for position in receipt.dead_letters_left
+    )
 
 
 def _until(condition: Callable[[], bool], timeout_seconds: float) -> bool:
@@ -259,4 +310,8 @@ def _until(condition: Callable[[], bool], timeout_seconds: float) -> bool:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return _time(time.time_ns() // 1_000_000)
+
+
+def _time(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,8 +1,9 @@
 """Dead letters as an operator handles them: listed, shown, sent again.
 
 Behind `headrace dead-letter`. A letter's position is `<topic>/<partition>/<offset>` on its dead-letter topic, as in
-`events/0/17`. What was sent again is remembered in that topic itself, by notes (empty values) under the letter's key:
-one before the message goes out, one when Kafka has it. Invariant: a letter with a note is not sent again unless told,
+`events/0/17`; it keeps it where the letter is moved (letter_removal.py). What was sent again is remembered in that
+topic itself, by notes (empty values) under the letter's key: one before the message goes out, one when Kafka has it.
+Invariant: a letter with a note is not sent again unless told,
 so a run that was cut off sends nothing twice, and says which letters it cannot be sure of.
 """
 
@@ -26,6 +27,8 @@ from headrace.v1.events_pb2 import DeadLetter
 SENT_FROM = "headrace-dead-letter"
 NOTE = "headrace-note"
 BEGUN, DONE = b"begun", b"done"
+# On a letter that was moved: its position.
+FIRST = "headrace-first-position"
 # What streams/dead_letters.py writes where a letter does not hold the whole message.
 _CUT = ("(value cut from", "(key cut from", "(headers left out")
 _TIMEOUT_SECONDS = 10.0
@@ -81,7 +84,7 @@ def read_letters(settings: KafkaSettings, choice: Choice) -> list[Letter]:
         NotFoundError: a position that holds no letter.
         ConfigError: a topic that has no dead letters.
     """
-    names = _short_names(settings)
+    names = short_names(settings)
     if choice.topic and choice.topic not in names.values():
         raise ConfigError(f"--topic {choice.topic}: say one of {', '.join(names.values())}")
     found: dict[str, Letter] = {}
@@ -91,9 +94,8 @@ def read_letters(settings: KafkaSettings, choice: Choice) -> list[Letter]:
         if NOTE in headers:
             sent[headers.get(SENT_FROM, b"").decode()] = headers[NOTE].decode()
             continue
-        name = names[message.topic().removesuffix(dead_letter(""))]
-        position = f"{name}/{message.partition()}/{message.offset()}"
-        found[position] = Letter(position, _parse(message))
+        position = position_of(message, names)
+        found[position] = Letter(position, parse(message))
     letters = [Letter(one.position, one.letter, sent.get(one.position, "")) for one in found.values()]
     missing = [position for position in choice.positions if position not in found]
     if missing:
@@ -137,19 +139,28 @@ def redrive(
 
 def erased_letters(settings: Settings) -> Callable[[DeadLetter], bool]:
     """For `redrive`: sent again, a message from before its user's erasure would count as a new one."""
-    records: dict[bytes, list[Erasure]] = {}
-    for erasure in Erasures(settings.streams.event_log_path).all() if settings.streams.event_log_path else ():
-        records.setdefault(erasure.user_id.encode(), []).append(erasure)
+    records = Erasures(settings.streams.event_log_path).all() if settings.streams.event_log_path else []
+    erases = erasing_letters(settings, records)
+    # A key that is no id names nobody.
+    return lambda letter: erases(letter, letter.key.decode("utf-8", "replace"))
+
+
+def erasing_letters(settings: Settings, records: Iterable[Erasure]) -> Callable[[DeadLetter, str], bool]:
+    """Whether a letter is from before a user's tombstone."""
+    of_user: dict[str, list[Erasure]] = {}
+    for record in records:
+        of_user.setdefault(record.user_id, []).append(record)
     topics = Topics(settings.kafka.topic_prefix)
-    sources = topic_sources(settings.kafka, topics.inbound) if records else {}
+    sources = topic_sources(settings.kafka, topics.inbound) if of_user else {}
 
-    def is_erased(letter: DeadLetter) -> bool:
+    def erases(letter: DeadLetter, user_id: str) -> bool:
         place = (sources.get(letter.topic), letter.partition, letter.offset, to_ms(letter.dead_letter_time))
+        found = of_user.get(user_id, ())
         if letter.topic == topics.users:
-            return any(one.erases_profile(*place) for one in records.get(letter.key, ()))
-        return letter.topic != topics.items and any(one.erases(*place) for one in records.get(letter.key, ()))
+            return any(one.erases_profile(*place) for one in found)
+        return letter.topic != topics.items and any(one.erases(*place) for one in found)
 
-    return is_erased
+    return erases
 
 
 def _reason_to_skip(one: Letter, *, again: bool) -> str:
@@ -226,12 +237,23 @@ def _ends(consumer: Consumer, topics: Iterable[str]) -> dict[tuple[str, int], in
     return ends
 
 
-def _short_names(settings: KafkaSettings) -> dict[str, str]:
+def position_of(message: Any, names: Mapping[str, str]) -> str:
+    """Position of a message of a dead-letter topic; `names` are those of `short_names`."""
+    first = dict(message.headers() or ()).get(FIRST)
+    if first:
+        return str(first.decode())
+    name = names[message.topic().removesuffix(dead_letter(""))]
+    return f"{name}/{message.partition()}/{message.offset()}"
+
+
+def short_names(settings: KafkaSettings) -> dict[str, str]:
+    """What operators call each topic that has dead letters."""
     topics = Topics(settings.topic_prefix)
     return {name: name.removeprefix(f"{settings.topic_prefix}.").split(".")[0] for name in topics.inbound}
 
 
-def _parse(message: Any) -> DeadLetter:
+def parse(message: Any) -> DeadLetter:
+    """The letter in a message; of one that holds none, its bytes."""
     try:
         return DeadLetter.FromString(message.value() or b"")
     except DecodeError:

@@ -1,4 +1,4 @@
-"""`headrace dead-letter list | show | redrive`.
+"""`headrace dead-letter list | show | redrive | remove`.
 
 Invariant: decides nothing; asks devstack/letters.py and prints.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from core.settings import KafkaSettings
     from devstack.letters import Letter
 
-app = typer.Typer(no_args_is_help=True, help="What could not be processed: look at it, send it again.")
+app = typer.Typer(no_args_is_help=True, help="What could not be processed: look at it, send it again, remove it.")
 
 Config = Annotated[Path | None, typer.Option(help="Settings, in the shape of core/defaults.toml.", dir_okay=False)]
 Topic = Annotated[str, typer.Option(help="Only of this topic: events, feedback, impressions, items or users.")]
@@ -134,6 +134,39 @@ def redrive(
     for position, why in result.skipped.items():
         typer.echo(f"left {position}: {why}")
     typer.echo(f"{len(result.sent)} sent, {len(result.skipped)} left")
+
+
+@app.command()
+def remove(
+    positions: Annotated[list[str] | None, typer.Argument(help="As `list` shows them: events/0/17.")] = None,
+    topic: Topic = "",
+    reason: Reason = "",
+    key: Key = "",
+    everything: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
+    config: Config = None,
+) -> None:
+    """Remove dead letters: by position, by filter, or all of them. The others keep their positions.
+
+    Nobody can read them any more; the broker's files hold them until it drops the segment that they lie in.
+
+    Example: [bold]headrace dead-letter remove events/0/17[/]
+    """
+    from core.errors import ConfigError
+    from devstack.letter_removal import remove_letters
+    from devstack.letters import Choice, read_letters
+
+    if not (positions or topic or reason or key or everything):
+        raise ConfigError("say which: positions, --topic, --reason, --key, or --all")
+    kafka = _kafka(config)
+    chosen = {one.position for one in read_letters(kafka, Choice(tuple(positions or ()), topic, reason, key))}
+    removed = remove_letters(kafka, lambda letter: letter.position in chosen)
+    if json:
+        _print_json({"removed": removed})
+        return
+    for position in removed:
+        typer.echo(f"removed {position}")
+    typer.echo(f"{len(removed)} removed")
 
 
 def _kafka(config: Path | None) -> "KafkaSettings":

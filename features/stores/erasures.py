@@ -1,12 +1,14 @@
 """Erasures: what a user's tombstone leaves behind, so that what was removed does not come back.
 
     ROOT/_erased/<source>-p<partition>-<offset>.json    one small record per tombstone, beside the event log
+    ROOT/_erased/<source>-p<partition>-<offset>.done    its files were rewritten, too
 
-The stream's users agent makes them; the reader applies them again wherever it starts, `headrace rebuild` and
-`headrace erase` leave out what they name. The rule: a tombstone erases what Kafka held of the user when a worker got to
-it. These positions are the *cut*. The user's row becomes an empty state that includes the cut, so to the row rules
-every older event is a replay. Invariant: the record is there before the row is erased, and a row that includes a
-tombstone is never erased by it again, so a user who comes back keeps what is new.
+The stream's users agent makes the records; the reader applies them again wherever it starts, and whoever reads the log
+leaves out what they name, from the moment that they are there (`UnerasedLog`). `headrace erase` takes it out of the
+files, of one user or of all whose tombstones came. The rule: a tombstone erases what Kafka held of the user when a
+worker got to it. These positions are the *cut*. The user's row becomes an empty state that includes the cut, so to the
+row rules every older event is a replay. Invariant: the record is there before the row is erased, and a row that
+includes a tombstone is never erased by it again, so a user who comes back keeps what is new.
 """
 
 import json
@@ -78,8 +80,7 @@ class Erasures:
 
     def add(self, erasure: Erasure) -> Erasure:
         """Keeps a record and returns it; where the same tombstone has one already, that. Raises StageError."""
-        source, partition, offset = erasure.tombstone
-        path = f"{self._folder}/{source:016x}-p{partition}-{offset:020d}.json"
+        path = self._path(erasure, "json")
         content = {
             "user_id": erasure.user_id,
             "tombstone": list(erasure.tombstone),
@@ -109,8 +110,29 @@ class Erasures:
             raise self._failed(error) from error
         return [self._known[name] for name in names]
 
+    def unfinished(self) -> list[Erasure]:
+        """Records whose files nobody has rewritten yet. Raises StageError."""
+        found = self.all()
+        try:
+            done = {str(path).removesuffix(".done") for path in self._files.glob(f"{self._folder}/*.done")}
+        except OSError as error:
+            raise self._failed(error) from error
+        return [erasure for erasure in found if self._path(erasure, "json").removesuffix(".json") not in done]
+
+    def finish(self, erasures: Iterable[Erasure], time: str) -> None:
+        """Notes that the files are rewritten. Raises StageError."""
+        try:
+            for erasure in erasures:
+                self._files.pipe_file(self._path(erasure, "done"), time.encode())
+        except OSError as error:
+            raise self._failed(error) from error
+
     def of(self, user_id: str) -> list[Erasure]:
         return [erasure for erasure in self.all() if erasure.user_id == user_id]
+
+    def _path(self, erasure: Erasure, ending: str) -> str:
+        source, partition, offset = erasure.tombstone
+        return f"{self._folder}/{source:016x}-p{partition}-{offset:020d}.{ending}"
 
     def _failed(self, error: Exception) -> StageError:
         return StageError("event-log", f"{self._root}/{FOLDER}: {' '.join(str(error).split())[:300]}; is it writable?")

@@ -1,5 +1,6 @@
 """Dead letters: listed, shown, sent again and never twice by accident."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,11 +8,18 @@ from typer.testing import CliRunner
 
 from core.codec import from_ms
 from core.errors import ConfigError, NotFoundError
+from core.kafka import KafkaProducer, topic_sources
+from core.settings import load_settings
 from core.topics import CONTENT_TYPE, JSON_CONTENT, Topics, dead_letter
+from devstack import letter_removal
 from devstack.cli import app
-from devstack.letters import BEGUN, NOTE, SENT_FROM, Choice, read_letters, read_to_end, redrive
+from devstack.letter_removal import may_name_user, names_user, remove_letters
+from devstack.letters import BEGUN, NOTE, SENT_FROM, Choice, Letter, erased_letters, read_letters, read_to_end, redrive
+from devstack.topics import ensure_topics
 from features import windows
 from features.definitions import USER_STATE
+from features.stores.erasures import Erasure
+from features.windows import Position
 from headrace.v1.events_pb2 import DeadLetter, Event
 
 NOW_MS = 1_700_000_000_000
@@ -101,6 +109,108 @@ def test_what_was_cut_is_not_sent(house, kafka_producer) -> None:
     assert f"{topic}/0/5" in next(iter(result.skipped.values()))
 
 
+def test_letters_of_an_erased_user_are_not_sent(house) -> None:
+    settings, part = house
+    letters = read_letters(settings.kafka, Choice())
+    assert not any(erased_letters(settings)(one.letter) for one in letters)
+    (source,) = topic_sources(settings.kafka, [letters[0].letter.topic]).values()
+    cut = {(source, one.letter.partition): one.letter.offset for one in letters if one.letter.key == b"ada"}
+    part.records.add(Erasure("ada", Position(1, 0, 0), cut, NOW_MS))
+    result = redrive(settings.kafka, letters, is_erased=erased_letters(settings))
+    ada = {one.position for one in letters if one.letter.key == b"ada"}
+    assert result.skipped == dict.fromkeys(ada, "its user was erased since")
+    assert len(result.sent) == 1
+
+
+@pytest.mark.real_kafka
+def test_some_letters_are_removed_and_the_others_keep_their_positions(house, kafka_producer) -> None:
+    settings, part = house
+    kafka = settings.kafka
+    if kafka.log_id:
+        pytest.skip("the embedded broker cannot delete messages")
+    part.stop()
+    before = {one.position: one for one in read_letters(kafka, Choice())}
+    bob = next(position for position, one in before.items() if one.letter.key == b"bob")
+    redrive(kafka, [before[bob]])
+    before[bob] = dataclasses.replace(before[bob], sent="done")
+    # All in one partition: what goes lies before what stays, and behind it.
+    topic = dead_letter(before[bob].letter.topic)
+    others = [DeadLetter(key=b"ada", value=b"%d" % n, topic=before[bob].letter.topic, reason="r") for n in range(4)]
+    sent = [kafka_producer.send(topic, b"ada", other.SerializeToString()).result(10) for other in others]
+    positions = [f"events/{one.partition}/{one.offset}" for one in sent]
+    unwanted = {*positions[:1], positions[2], bob}
+    assert set(remove_letters(kafka, lambda one: one.position in unwanted)) == unwanted
+    after = {one.position: one for one in read_letters(kafka, Choice())}
+    assert after.keys() == before.keys() - {bob} | {positions[1], positions[3]}
+    assert all(after[position] == before[position] for position in before.keys() - {bob})
+    # Nothing of them can be read, notes and copies included.
+    raw = list(read_to_end(kafka, [topic]))
+    assert b"bob" not in {message.key() for message in raw}
+    assert {b"1", b"3"} <= {DeadLetter.FromString(message.value()).value for message in raw}
+    assert not {b"0", b"2"} & {DeadLetter.FromString(message.value()).value for message in raw}
+    # A moved letter can be named, sent and removed as before.
+    assert redrive(kafka, read_letters(kafka, Choice((positions[1],)))).sent.keys() == {positions[1]}
+    assert read_letters(kafka, Choice((positions[1],)))[0].sent == "done"
+    assert remove_letters(kafka, lambda one: one.position == positions[1]) == [positions[1]]
+    assert {one.position for one in read_letters(kafka, Choice())} == after.keys() - {positions[1]}
+    assert remove_letters(kafka, lambda one: one.position == positions[1]) == []
+
+
+@pytest.mark.real_kafka
+def test_a_removal_that_was_cut_off_before_the_cut_loses_and_doubles_nothing(house, monkeypatch) -> None:
+    settings, part = house
+    kafka = settings.kafka
+    if kafka.log_id:
+        pytest.skip("the embedded broker cannot delete messages")
+    part.stop()
+    before = {one.position: one for one in read_letters(kafka, Choice())}
+    last = {}
+    for position in before:
+        partition, offset = position.split("/")[1:]
+        last[partition] = max(int(offset), last.get(partition, -1))
+    # The newest of each partition goes, so that all others are copied.
+    unwanted = {f"events/{partition}/{offset}" for partition, offset in last.items()}
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(letter_removal, "_cut", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_letters(kafka, lambda one: one.position in unwanted)
+    monkeypatch.undo()
+    assert {one.position: one for one in read_letters(kafka, Choice())} == before
+    assert set(remove_letters(kafka, lambda one: one.position in unwanted)) == unwanted
+    assert read_letters(kafka, Choice()) == [one for position, one in before.items() if position not in unwanted]
+
+
+def test_the_embedded_broker_says_that_it_cannot_delete(embedded_kafka) -> None:
+    kafka = load_settings(overrides={"kafka": {**embedded_kafka, "topic_prefix": "letters"}}).kafka
+    ensure_topics(kafka)
+    topic = Topics(kafka.topic_prefix).events
+    producer = KafkaProducer(kafka)
+    letter = DeadLetter(key=b"u", topic=topic, reason="r")
+    producer.send(dead_letter(topic), b"u", letter.SerializeToString()).result(10)
+    producer.close()
+    with pytest.raises(ConfigError, match="cannot delete messages"):
+        remove_letters(kafka, lambda _: True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "names"),
+    [
+        (b"ada", b"", True),
+        (b"", b'{"user_id": "ada"', True),
+        (b"", Event(event_id="e", user_id="ada").SerializeToString(), True),
+        (b"", b"an adamant text", False),
+        (b"adam", Event(event_id="e", user_id="adam").SerializeToString(), False),
+    ],
+)
+def test_a_letter_is_of_a_user_whose_id_it_holds_as_a_whole(key, value, names) -> None:
+    letter = Letter("events/0/0", DeadLetter(key=key, value=value))
+    assert names_user(letter, "ada") == names
+    assert may_name_user(letter, "ada")
+
+
 def test_the_commands(house, tmp_path) -> None:
     settings, part = house
     # Its lines would be among those of the command, which runs in this process here.
@@ -131,3 +241,7 @@ def test_the_commands(house, tmp_path) -> None:
     assert run("redrive", "--key", "bob").stdout.endswith("1 sent, 0 left\n")
     assert json.loads(run("redrive", "--all", "--json").stdout)["skipped"].keys() == {by_key["bob"]["position"]}
     assert run("show", "events/0/999").exit_code == 1
+    assert "say which" in run("remove").stderr
+    if not kafka.log_id:
+        assert run("remove", rubbish["position"]).stdout == f"removed {rubbish['position']}\n1 removed\n"
+        assert len(run("list", "--json").stdout.splitlines()) == 2
