@@ -175,6 +175,8 @@ class ServingSettings(_Section):
     diversity: Share
     exploration_rate: Share
     impression_queue_max: Positive
+    rules_path: str
+    state_path: str
 
     @model_validator(mode="after")
     def _ladder_ends(self) -> "ServingSettings":

@@ -30,7 +30,7 @@ node.id=1
 controller.quorum.voters=1@{host}:{controller_port}
 controller.listener.names=CONTROLLER
 listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}
-advertised.listeners=PLAINTEXT://{host}:{port}
+advertised.listeners=PLAINTEXT://{host}:{advertised_port}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs={data}
 num.partitions=4
@@ -93,15 +93,24 @@ def _java_problem() -> str | None:
     return None
 
 
-def local_kafka_spec(home: Path | None, folder: Path, port: int, controller_port: int) -> ProcessSpec:
+def local_kafka_spec(
+    home: Path | None, folder: Path, port: int, controller_port: int, advertised_port: int = 0
+) -> ProcessSpec:
     """The process of a local Kafka whose data lies in `folder`.
+
+    Args:
+        home: of the Kafka distribution.
+        folder: for data and settings.
+        port: where it listens.
+        controller_port: where its controller listens.
+        advertised_port: where clients are told to come; 0 = where it listens. Another one has something in between.
 
     Raises:
         ConfigError: no Kafka or no Java; says how to get it.
     """
     if problem := local_kafka_problem(home):
         raise ConfigError(problem)
-    arguments = (str(home), str(folder.resolve()), str(port), str(controller_port))
+    arguments = (str(home), str(folder.resolve()), str(port), str(controller_port), str(advertised_port or port))
     return ProcessSpec(
         "kafka",
         python_module("devstack.kafka_local", *arguments),
@@ -112,7 +121,7 @@ def local_kafka_spec(home: Path | None, folder: Path, port: int, controller_port
     )
 
 
-def become_broker(home: Path, folder: Path, port: int, controller_port: int) -> None:
+def become_broker(home: Path, folder: Path, port: int, controller_port: int, advertised_port: int) -> None:
     """Formats `folder` at first use, then replaces this process with the broker's JVM."""
     java = _java()
     if java is None:
@@ -121,7 +130,10 @@ def become_broker(home: Path, folder: Path, port: int, controller_port: int) -> 
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     properties.write_text(
-        _PROPERTIES.format(host=LOOPBACK, port=port, controller_port=controller_port, data=data), "utf-8"
+        _PROPERTIES.format(
+            host=LOOPBACK, port=port, controller_port=controller_port, advertised_port=advertised_port, data=data
+        ),
+        "utf-8",
     )
     logging.write_text(_LOG4J, "utf-8")
     command = [
@@ -161,9 +173,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("port", type=int)
     parser.add_argument("controller_port", type=int)
+    parser.add_argument("advertised_port", type=int)
     arguments = parser.parse_args()
     try:
-        become_broker(arguments.home, arguments.folder, arguments.port, arguments.controller_port)
+        become_broker(**vars(arguments))
     except (ConfigError, OSError, subprocess.TimeoutExpired) as error:
         print(error, file=sys.stderr)
     return 1

@@ -196,6 +196,8 @@ class Stack:
         values["registry"]["path"] = str(bundles.absolute() if bundles else bundles_below(self.home, self._base))
         if self._base.streams.event_log_path == str(DEFAULT_HOME / "event_log"):
             values["streams"]["event_log_path"] = str(self.home / "event_log")
+        if self._base.serving.state_path == str(DEFAULT_HOME / "serving"):
+            values["serving"]["state_path"] = str(self.home / "serving")
         return values
 
     def _specs(self) -> list[ProcessSpec]:

@@ -63,7 +63,7 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
     """
     clock = clock or SystemClock()
     serving, topics = settings.serving, Topics(settings.kafka.topic_prefix)
-    releases = await asyncio.to_thread(Releases, settings, lambda topic: metrics.malformed.labels(topic).inc())
+    releases = await asyncio.to_thread(Releases, settings, lambda topic: metrics.malformed.labels(topic).inc(), clock)
     process.readiness.add("catalogue", lambda: _problem(releases.current, clock))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(asyncio.to_thread, releases.close)
@@ -83,7 +83,7 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         filters = EligibilityFilter(serving.exclude_seen_kinds)
         stages = Stages(
             StoreHydrator(store, breakers["redis"], settings.features),
-            MergingRetriever(candidate, serving.num_candidates),
+            MergingRetriever(candidate),
             filters,
             ServiceRanker(ranker),
             BlendingReRanker(serving, settings.features),
@@ -103,7 +103,7 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         profiles = Profiles(store, breakers["redis"])
         taking_in = IngestService(for_events, identities, topics, releases, breakers["kafka"], profiles, clock)
         add_IngestServiceServicer_to_server(taking_in, server.aio)
-        for background in (releases.keep_fresh(), impressions.run()):
+        for background in (releases.keep_fresh(), impressions.run(), recommender.watch_loop()):
             task = asyncio.create_task(background)
             task.add_done_callback(lambda done: _stop_if_broken(done, process))
             stack.push_async_callback(_cancel, task)

@@ -10,6 +10,9 @@ from core.settings import StageBudgets
 # A caller in a greater hurry than this must not open the breakers for the others.
 _FAIR_SCALE = 0.25
 _SHORT_SCALE = 0.9
+# Share of the rank's time that the stages before it may take when they are late: without a user or candidates there is
+# nothing to rank, and a model that is well needs a tenth of its time.
+_LOAN = 0.5
 _STAGES = ("hydrate", "retrieve", "rank", "rerank", "margin")
 
 
@@ -40,12 +43,15 @@ class Budget:
         """The deadline of a stage that starts now.
 
         The later of the point at which the stage was to end, and its share of what is left: a stage is not starved
-        because one before it (a wait for a token) took long. Hydrate may use retrieve's time as well: without the
-        user there is nothing to retrieve for.
+        because one before it (a wait for a token) took long. Hydrate and retrieve share their time, and may borrow
+        from the rank's.
         """
         index = _STAGES.index(name)
         last = "retrieve" if name == "hydrate" else name
-        until_ms = sum(self._of(stage) for stage in _STAGES[: _STAGES.index(last) + 1]) * self.scale
+        until_ms = sum(self._of(stage) for stage in _STAGES[: _STAGES.index(last) + 1])
+        if last == "retrieve":
+            until_ms += _LOAN * self._of("rank")
+        until_ms *= self.scale
         left_ms = self.deadline.remaining_ms()
         share_ms = left_ms * self._of(name) / sum(self._of(stage) for stage in _STAGES[index:])
         now = self.deadline.clock.monotonic()

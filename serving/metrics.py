@@ -15,3 +15,6 @@ impressions_dropped = counter("serving", "impressions_dropped", "Impression list
 malformed = counter("serving", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))
 ingested = counter("serving", "ingested", "Events taken in by IngestService.", ("result",))
 breaker_open = gauge("serving", "breaker_open", "1 while a dependency is left alone.", ("dependency",))
+quality = gauge("serving", "quality", "Share of the candidates that are asked for: below 1 under pressure.")
+admission_limit = gauge("serving", "admission_limit", "Requests that may go through all stages at once.")
+loop_lag_ms = gauge("serving", "loop_lag_ms", "How late the event loop is: what a request waits before it is seen.")

@@ -38,6 +38,8 @@ class Query:
     release: Release
     budget: Budget
     trace: Trace
+    # How many candidates to retrieve and rank.
+    num_candidates: int
     # Explain: the item asked about.
     probe_item_id: str = ""
 

@@ -21,6 +21,7 @@ from headrace.v1.recommender_service_pb2 import RecommendRequest, RecommendRespo
 from headrace.v1.types_pb2 import DegradedReason
 from serving import metrics
 from serving.budget import Budget
+from serving.load import LoadControl
 from serving.pipeline import Pipeline
 from serving.query import Query
 from serving.release import Releases
@@ -31,6 +32,10 @@ from serving.validation import check_recommend
 _log = get_logger("recommender")
 # Latencies of so many answers make the p95 that WatchServing tells.
 _RECENT = 1000
+# How often it is looked how late the event loop is.
+_LAG_INTERVAL_SECONDS = 0.02
+# Candidates below which the sources could not even fill a long answer.
+_LEAST_CANDIDATES = 50
 # With less time than this nobody is asked: one hop to another process and back takes 1 ms at best.
 _SHORTEST_MS = 4.0
 
@@ -49,8 +54,9 @@ class Recommender:
         self._pipeline = pipeline
         self._settings = settings
         self._clock = clock
-        self._active = 0
+        self._lag_ms = 0.0
         self._recent_ms: deque[float] = deque(maxlen=_RECENT)
+        self.load = LoadControl(settings.max_concurrent_requests, clock)
         self.releases = releases
         self.answers_by_tier: Counter[str] = Counter()
 
@@ -79,6 +85,16 @@ class Recommender:
         deadline = Deadline.after_ms(self._settings.deadline_ms, self._clock)
         await self._answer(self._query(request, deadline, self._clock.now_ms(), ""))
 
+    async def watch_loop(self) -> None:
+        """Measures how late the event loop is, until cancelled: what a request waits before its handler starts."""
+        while True:
+            start = self._clock.monotonic()
+            await asyncio.sleep(_LAG_INTERVAL_SECONDS)
+            self._lag_ms = max(0.0, (self._clock.monotonic() - start - _LAG_INTERVAL_SECONDS) * 1000)
+            metrics.loop_lag_ms.set(self._lag_ms)
+            metrics.quality.set(self.load.quality)
+            metrics.admission_limit.set(self.load.limit)
+
     def p95_ms(self) -> float:
         """Of the most recent answers; 0 before the first."""
         return float(np.percentile(self._recent_ms, 95)) if self._recent_ms else 0.0
@@ -93,17 +109,23 @@ class Recommender:
             self.releases.current,
             Budget(deadline, self._settings.stage_budget_ms),
             Trace(self._clock),
+            self._num_candidates(request),
             probe_item_id,
         )
 
+    def _num_candidates(self, request: RecommendRequest) -> int:
+        wanted = round(self._settings.num_candidates * self.load.quality)
+        least = max(_LEAST_CANDIDATES, request.num_items or self._settings.default_num_items)
+        return min(self._settings.num_candidates, max(wanted, least))
+
     async def _answer(self, query: Query) -> RecommendResponse:
-        if self._active >= self._settings.max_concurrent_requests:
-            query.trace.degrade(types.DEGRADED_REASON_OVERLOADED)
-            return self._pipeline.recommend_from_ladder(query)
-        if query.budget.deadline.remaining_ms() < _SHORTEST_MS:
+        given_ms = query.budget.deadline.remaining_ms()
+        if given_ms < _SHORTEST_MS:
             query.trace.degrade(types.DEGRADED_REASON_DEADLINE_SHORT)
             return self._pipeline.recommend_from_ladder(query)
-        self._active += 1
+        if not self.load.enter():
+            query.trace.degrade(types.DEGRADED_REASON_OVERLOADED)
+            return self._pipeline.recommend_from_ladder(query)
         try:
             return await self._pipeline.recommend(query)
         except asyncio.CancelledError:
@@ -113,7 +135,8 @@ class Recommender:
             _log.error("a bug was covered up by a lower rung", error=repr(error), where=_place(error))
             return self._pipeline.recommend_from_ladder(query)
         finally:
-            self._active -= 1
+            elapsed_ms = given_ms - query.budget.deadline.remaining_ms()
+            self.load.leave(elapsed_ms + self._lag_ms, given_ms + self._lag_ms)
 
     def _observe(self, query: Query, response: RecommendResponse, elapsed_ms: float) -> None:
         tier = tier_name(response.served_tier)

@@ -6,10 +6,13 @@ release from beginning to end; a bundle that does not load leaves the one that s
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
 
 from core import bundle as bundles
 from core.bundle import Manifest, ReleaseBundle
+from core.clock import Clock
 from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
@@ -18,6 +21,8 @@ from features.catalog_feed import CatalogFeed
 from headrace.v1.events_pb2 import Item, ItemStats
 from serving.popular import PopularLists
 from serving.rerank.rules import Rules
+from serving.rules_file import RulesFile
+from serving.withheld import Withheld
 
 _log = get_logger("release")
 _REFRESH_SECONDS = 1.0
@@ -84,20 +89,28 @@ def _weights(bundle: ReleaseBundle) -> dict[str, float]:
 class Releases:
     """The release that serves, and its successors."""
 
-    def __init__(self, settings: Settings, malformed: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, malformed: Callable[[str], None], clock: Clock) -> None:
         self._settings = settings
         self._malformed = malformed
+        self._clock = clock
         self._refused = ""
-        self._release, self._feed = self._open()
+        # The editors' own file; where there is one, its rules hold instead of the bundle's.
+        self._rules = RulesFile(settings.serving.rules_path)
+        self._swapping = Lock()
+        release, self._feed, self._withheld = self._open()
+        self._release = replace(release, rules=self._rules.current or release.rules)
         self._feed.start()
 
     @property
     def current(self) -> Release:
         return self._release
 
-    def _open(self) -> tuple[Release, CatalogFeed]:
+    def _open(self) -> tuple[Release, CatalogFeed, Withheld]:
         release = load_release(bundles.open_current(self._settings.registry.path), self._settings)
-        return release, CatalogFeed(release, release.manifest, self._settings, self._malformed)
+        folder = self._settings.serving.state_path
+        withheld = Withheld(Path(folder) if folder else None)
+        withheld.apply(release.catalog, release.manifest)
+        return release, CatalogFeed(release, release.manifest, self._settings, self._malformed), withheld
 
     async def keep_fresh(self) -> None:
         """Refreshes the popular lists with the catalogue and swaps releases, until cancelled."""
@@ -111,7 +124,16 @@ class Releases:
     async def _refresh(self) -> None:
         while True:
             await asyncio.sleep(_REFRESH_SECONDS)
-            await asyncio.to_thread(self._release.popular.refresh)
+            await asyncio.to_thread(self._refresh_once)
+
+    def _refresh_once(self) -> None:
+        with self._swapping:
+            release, withheld = self._release, self._withheld
+        release.popular.refresh()
+        withheld.keep(release.catalog, release.manifest, self._clock.now_ms())
+        if (rules := self._rules.read_again()) is not None:
+            with self._swapping:
+                self._release = replace(self._release, rules=rules)
 
     async def _watch(self) -> None:
         registry, problem = self._settings.registry, ""
@@ -129,13 +151,15 @@ class Releases:
                 self._refused, problem = version, str(error)
 
     def _swap(self) -> None:
-        release, feed = self._open()
+        release, feed, withheld = self._open()
         feed.start()
         # Statistics since the bundle: without them popularity would fall back to the bundle's for a moment.
         if not feed.wait(_CATCH_UP_SECONDS):
             _log.warning("the new release serves before it has caught up", version=release.version)
         release.popular.refresh()
         old, self._feed = self._feed, feed
-        self._release = release
+        with self._swapping:
+            release = replace(release, rules=self._rules.current or release.rules)
+            self._release, self._withheld = release, withheld
         old.stop()
         _log.info("new release", version=release.version, items=len(release.catalog))

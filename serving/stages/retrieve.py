@@ -34,9 +34,8 @@ class Retriever(Protocol):
 class MergingRetriever:
     """Asks the candidate service and adds the batch scores of the user's row."""
 
-    def __init__(self, client: CandidateClient, num_candidates: int) -> None:
+    def __init__(self, client: CandidateClient) -> None:
         self._client = client
-        self._num_candidates = num_candidates
 
     async def retrieve(self, query: Query, user: UserFeatures) -> Staged:
         merged = _Merger(query.release.catalog)
@@ -50,7 +49,7 @@ class MergingRetriever:
         merged.add_batch(user)
         pins = query.release.rules.pins(query.surface, user.segment)
         merged.add_rows([query.release.catalog.row(pin.item_id) for pin in pins])
-        return _capped(merged.candidates(), self._num_candidates + len(pins))
+        return _capped(merged.candidates(), query.num_candidates + len(pins))
 
     def _request(self, query: Query, user: UserFeatures) -> RetrieveCandidatesRequest:
         return RetrieveCandidatesRequest(
@@ -59,7 +58,7 @@ class MergingRetriever:
             embedding_version=user.embedding_version,
             embedding_revision=user.embedding_revision,
             state=user.state_bytes,
-            num_candidates=self._num_candidates,
+            num_candidates=query.num_candidates,
             filter=_worth_sending(query.request.filter),
             context=query.request.context,
             segment=user.segment,

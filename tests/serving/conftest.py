@@ -306,6 +306,7 @@ async def house(tmp_path, registry, broker, redis_server):
                         "candidate_target": f"127.0.0.1:{candidate_port}",
                         "ranker_target": f"127.0.0.1:{ranker_port}",
                         "exploration_rate": 0.0,
+                        "state_path": str(tmp_path / "serving"),
                         **serving,
                     },
                 }

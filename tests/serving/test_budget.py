@@ -19,17 +19,17 @@ def budget_of(given_ms, clock):
 def test_an_undisturbed_request_has_the_nominal_times() -> None:
     clock = ManualClock()
     budget = budget_of(250, clock)
-    # Its own 10 and, if need be, those of retrieve.
-    assert budget.stage("hydrate").remaining_ms() == pytest.approx(30)
+    # Its own 10 and, if need be, those of retrieve and half of the rank's.
+    assert budget.stage("hydrate").remaining_ms() == pytest.approx(105)
     clock.advance(10)
-    assert budget.stage("retrieve").remaining_ms() == pytest.approx(20)
+    assert budget.stage("retrieve").remaining_ms() == pytest.approx(95)
     clock.advance(20)
     assert budget.stage("rank").remaining_ms() == pytest.approx(150)
 
 
 def test_a_shorter_deadline_scales_them_all() -> None:
     budget = budget_of(100, ManualClock())
-    assert budget.stage("hydrate").remaining_ms() == pytest.approx(12)
+    assert budget.stage("hydrate").remaining_ms() == pytest.approx(42)
     assert budget.is_short
     assert budget.is_fair
     assert not budget_of(50, ManualClock()).is_fair
@@ -39,7 +39,7 @@ def test_time_left_over_goes_to_the_next_stage() -> None:
     clock = ManualClock()
     budget = budget_of(250, clock)
     clock.advance(1)
-    assert budget.stage("retrieve").remaining_ms() == pytest.approx(29)
+    assert budget.stage("rank").remaining_ms() == pytest.approx(179)
 
 
 def test_a_late_stage_leaves_a_share_to_those_after_it() -> None:

@@ -189,7 +189,7 @@ def query_of(release, rate_off=False) -> Query:
     clock = SystemClock()
     request = RecommendRequest(user_id="u", num_items=10, disable_exploration=rate_off)
     budget = Budget(Deadline.after_ms(250), SETTINGS.serving.stage_budget_ms)
-    return Query(request, "recommendation", 10, NOW_MS, release, budget, Trace(clock))
+    return Query(request, "recommendation", 10, NOW_MS, release, budget, Trace(clock), 500)
 
 
 @settings(max_examples=60)
