@@ -139,7 +139,7 @@ class FaultStack:
             asked = admin.list_offsets({where: newest.latest()}, request_timeout=_PROBE_TIMEOUT_SECONDS)
             asked[where].result(_PROBE_TIMEOUT_SECONDS)
         except (KafkaException, TimeoutError) as error:
-            return str(error)
+            return str(error) or "no answer in time"
         return None
 
     # --- what is run, and what it is told ---
@@ -149,7 +149,11 @@ class FaultStack:
             "kafka": {"bootstrap_servers": f"{LOOPBACK}:{between['kafka']}", "replication": 1},
             "redis": {"url": redis_url(between["redis"])},
             "registry": {"path": str(home / "bundles")},
-            "streams": {"admin_port": self._admin["streams"], "event_log_path": str(home / "event_log")},
+            "streams": {
+                "admin_port": self._admin["streams"],
+                "event_log_path": str(home / "event_log"),
+                "instance_id": "streams",
+            },
             "candidate": {"port": self._port["candidate"], "admin_port": self._admin["candidate"]},
             "ranker": {"port": self._port["ranker"], "admin_port": self._admin["ranker"]},
             "serving": {

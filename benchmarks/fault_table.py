@@ -80,7 +80,10 @@ def _case(dependency: str, fault: str) -> Case:
 
 def _everything(name: str, *, cold_start: bool) -> Case:
     faults = tuple((dependency, "down") for dependency in DEPENDENCIES)
-    tiers = dict.fromkeys(_POPULAR - ({"LAST_GOOD"} if cold_start else set()), _STORE)
+    # What comes back first makes the better rungs again, one after the other.
+    tiers = {"RANKED": _RETRIEVAL, "RERANKED_BATCH": _RANKER, **dict.fromkeys(_POPULAR, _STORE)}
+    if cold_start:
+        del tiers["LAST_GOOD"]
     reasons = _STORE | _BREAKER | _SEEN | _RETRIEVAL | _RANKER
     return Case(name, faults, tiers, reasons, certain=True, blame=_STORE, recovery="both", cold_start=cold_start)
 

@@ -88,6 +88,7 @@ class StreamsSettings(_Section):
     admin_port: Port
     group_id: str
     group_protocol: Literal["cooperative-sticky", "range", "roundrobin", "consumer"]
+    instance_id: str
     session_timeout_ms: Positive
     poll_max_events: Positive
     poll_interval_ms: Ms

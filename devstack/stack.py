@@ -250,6 +250,8 @@ class Stack:
             named = self._base.kafka.bootstrap_servers.rpartition(":")[2]
             port, controller_port = self._take("kafka", int(named)), self._ports.take("kafka (controller)")
             values.update(bootstrap_servers=f"{LOOPBACK}:{port}", replication=1)
+            # There is one worker, and the broker is its own: after a kill of either it goes on at once.
+            self._values["streams"]["instance_id"] = "streams"
             spec = local_kafka_spec(kafka_home(), folder, port, controller_port)
         else:
             if not _is_address(self._kafka):

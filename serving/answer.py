@@ -10,6 +10,7 @@ from core.codec import from_ms
 from headrace.v1 import types_pb2 as types
 from headrace.v1.recommender_service_pb2 import Recommendation, RecommendResponse
 from headrace.v1.types_pb2 import Versions
+from serving.paging import next_cursor
 from serving.query import Query, Ranking, UserFeatures
 from serving.release import Release
 from serving.trace import Trace
@@ -26,7 +27,8 @@ def assemble(
 ) -> RecommendResponse:
     """The response to a request, degraded reasons completed."""
     trace, release = query.trace, query.release
-    if len(items) < query.num_items:
+    # The last page of a list ends where the list does.
+    if len(items) < query.num_items and query.page.snapshot is None:
         trace.degrade(types.DEGRADED_REASON_FEW_CANDIDATES)
     asked = query.request.bundle_version
     if trace.bundle_versions - {"", release.version} or asked not in ("", release.version):
@@ -42,11 +44,22 @@ def assemble(
         versions=versions_of(release, trace),
         experiment_arm=query.request.experiment_arm,
         stage_timings=trace.timings(),
+        next_cursor=_next_cursor(query, ranking, items),
         answer_time=from_ms(answer_time_ms),
     )
     if user.state.watermark_ms:
         response.features_as_of_time.CopyFrom(from_ms(user.state.watermark_ms))
     return response
+
+
+def _next_cursor(query: Query, ranking: Ranking, items: Sequence[Recommendation]) -> str:
+    request = query.request
+    if not (request.with_cursor or request.cursor):
+        return ""
+    shown = [item.item_id for item in items]
+    is_ranked = ranking.tier in (types.SERVING_TIER_RANKED, types.SERVING_TIER_RERANKED_BATCH)
+    waiting = ranking.candidates.tail(len(items)) if is_ranked else None
+    return next_cursor(query.page, query.user_id, query.release.catalog, shown, waiting)
 
 
 def versions_of(release: Release, trace: Trace | None = None) -> Versions:

@@ -41,8 +41,8 @@ class LastGood:
         self._erased: OrderedDict[str, None] = OrderedDict()
 
     def remember(self, query: Query, ranking: Ranking) -> None:
-        """Keeps a ranking, unless the request's own filter made it too narrow for others."""
-        if query.request.filter.ByteSize() or query.user_id in self._erased:
+        """Keeps a ranking, unless the request's own filter or page made it too narrow for others."""
+        if query.request.filter.ByteSize() or query.page.offset or query.user_id in self._erased:
             return
         item_ids = query.release.catalog.item_ids
         rows = ranking.candidates.rows[:_KEPT_DEPTH].tolist()

@@ -1,9 +1,10 @@
-"""How much the front door takes on: requests at once, and candidates for each, by how late its answers are.
+"""How much the front door takes on: requests at once, and candidates for each, by how late things are.
 
-Asked by `serving.recommender` before each request and told after it. Two answers to pressure, the gentle one first:
-the quality factor (fewer candidates are retrieved and ranked), then the limit of requests at once (the others are
-answered from the lower rungs). Invariant: pure but for its clock; a dependency that is slow at low load costs quality,
-never admission.
+Asked by `serving.recommender` before each request, told after it, and given the time every few milliseconds. Two
+answers to pressure, the gentle one first: the quality factor (fewer candidates are retrieved and ranked) follows the
+p95 of the answers, the limit of requests at once follows the event loop (the others are answered from the lower
+rungs). Invariant: pure but for its clock; a dependency that is slow costs quality, never admission, for the loop of a
+process that waits is never late.
 """
 
 from collections import deque
@@ -12,17 +13,17 @@ import numpy as np
 
 from core.clock import Clock
 
-# Decisions are made from this many answers, not more often than this.
-_WINDOW = 200
+# Decisions are made this often.
 _INTERVAL_SECONDS = 0.1
+_WINDOW = 500
 _LEAST_ANSWERS = 10
-# Share of the given time that the p95 takes. Above the first, quality falls; above the second, fewer are let in;
-# below the third both rise again.
-_BUSY, _TOO_BUSY, _AT_EASE = 0.4, 0.6, 0.25
+# Share of the given time that the p95 takes: above the first, quality falls; below the second it rises again.
+_BUSY, _AT_EASE = 0.4, 0.25
 _DOWN, _UP = 0.8, 0.05
 LEAST_QUALITY = 0.2
-# Enough for any trickle of requests to a dependency that answers in the last moment.
-_LEAST_LIMIT = 8
+# How late the loop may be. A request waits so long several times: before its handler, and after each of its calls.
+_LATE_MS, _PUNCTUAL_MS = 20.0, 10.0
+_LEAST_LIMIT = 4
 
 
 class LoadControl:
@@ -37,10 +38,12 @@ class LoadControl:
         self._limit_max = limit_max
         self._clock = clock
         self._shares: deque[float] = deque(maxlen=_WINDOW)
+        self._lags_ms: deque[float] = deque(maxlen=_WINDOW)
         self._decided_at = clock.monotonic()
-        self._fresh_answers = 0
         self._active = 0
         self._peak = 0
+        # How late the loop was lately.
+        self.lag_ms = 0.0
         self.limit = limit_max
         # 1 = as many candidates as the settings say, down to LEAST_QUALITY of them.
         self.quality = 1.0
@@ -48,38 +51,46 @@ class LoadControl:
     def enter(self) -> bool:
         """Whether one more request may go through all stages; if so, `leave` is to be called after it."""
         if self._active >= self.limit:
+            self._peak = max(self._peak, self._active + 1)
             return False
         self._active += 1
         self._peak = max(self._peak, self._active)
         return True
 
     def leave(self, elapsed_ms: float, given_ms: float) -> None:
-        """An admitted request has ended.
-
-        Args:
-            elapsed_ms: from its arrival at this process, queues included, to the answer.
-            given_ms: its deadline, as of the arrival.
-        """
+        """An admitted request has ended, `elapsed_ms` after its handler began; it was given `given_ms`."""
         self._active -= 1
-        self._shares.append(elapsed_ms / max(given_ms, 1.0))
-        self._fresh_answers += 1
-        now = self._clock.monotonic()
-        if self._fresh_answers >= _LEAST_ANSWERS and now - self._decided_at >= _INTERVAL_SECONDS:
-            self._decide()
-            self._decided_at, self._fresh_answers, self._peak = now, 0, self._active
+        self._shares.append((elapsed_ms + self.lag_ms) / max(given_ms, 1.0))
 
-    def _decide(self) -> None:
-        # Those since the last decision: older ones were answered under other conditions.
-        recent = list(self._shares)[-max(self._fresh_answers, _LEAST_ANSWERS) :]
-        pressure = float(np.percentile(recent, 95))
-        if pressure > _BUSY:
-            self.quality = max(LEAST_QUALITY, self.quality * _DOWN)
-        elif pressure < _AT_EASE:
-            self.quality = min(1.0, self.quality + _UP)
-        if pressure > _TOO_BUSY:
+    def tick(self, late_ms: float) -> None:
+        """The loop was `late_ms` late just now; to be called every few milliseconds."""
+        self._lags_ms.append(late_ms)
+        now = self._clock.monotonic()
+        if now - self._decided_at < _INTERVAL_SECONDS:
+            return
+        self.lag_ms = float(np.mean(self._lags_ms))
+        self._decide_quality()
+        self._decide_limit()
+        self._decided_at, self._peak = now, self._active
+        self._lags_ms.clear()
+
+    def _decide_quality(self) -> None:
+        if len(self._shares) >= _LEAST_ANSWERS:
+            pressure = float(np.percentile(self._shares, 95))
+            self._shares.clear()
+            if pressure > _BUSY:
+                self.quality = max(LEAST_QUALITY, self.quality * _DOWN)
+                return
+            if pressure > _AT_EASE:
+                return
+        elif self._active:
+            return
+        # At ease, or nothing to do at all.
+        self.quality = min(1.0, self.quality + _UP)
+
+    def _decide_limit(self) -> None:
+        if self.lag_ms > _LATE_MS:
             # From what there was at most: a limit that nobody comes near limits nothing.
             self.limit = max(_LEAST_LIMIT, int(min(self.limit, self._peak) * _DOWN))
-        elif pressure < _BUSY and self._peak >= self.limit:
+        elif self.lag_ms < _PUNCTUAL_MS and self.limit < self._limit_max:
             self.limit = min(self._limit_max, self.limit + max(1, self.limit // 10))
-        elif pressure < _AT_EASE:
-            self.limit = min(self._limit_max, self.limit + 1)

@@ -28,6 +28,24 @@ SOURCE_BIT = {name: 1 << bit for bit, name in enumerate(SOURCES)}
 
 
 @dataclass(frozen=True, slots=True)
+class Page:
+    """Where the paging of a request stands. The first page has shown nothing and has no snapshot."""
+
+    # On the pages before, in the order shown.
+    shown_item_ids: tuple[str, ...] = ()
+    # The first page's candidates that were not shown yet; None: the candidates are to be retrieved.
+    snapshot: "Candidates | None" = None
+
+    @property
+    def offset(self) -> int:
+        """Position of the page's first item."""
+        return len(self.shown_item_ids)
+
+
+FIRST_PAGE = Page()
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """One validated request with what it is answered from."""
 
@@ -42,6 +60,7 @@ class Query:
     num_candidates: int
     # Explain: the item asked about.
     probe_item_id: str = ""
+    page: Page = FIRST_PAGE
 
     @property
     def user_id(self) -> str:
@@ -110,6 +129,10 @@ class Candidates:
             self.source_bits[index],
             None if self.ranked is None else self.ranked[index],
         )
+
+    def tail(self, start: int) -> "Candidates":
+        """Those from index `start` on."""
+        return self.take(np.arange(start, len(self), dtype=np.intp))
 
     def with_more(self, more: "Candidates") -> "Candidates":
         """Both, these first; only before ranking."""

@@ -22,6 +22,7 @@ from headrace.v1.types_pb2 import DegradedReason
 from serving import metrics
 from serving.budget import Budget
 from serving.load import LoadControl
+from serving.paging import read_cursor
 from serving.pipeline import Pipeline
 from serving.query import Query
 from serving.release import Releases
@@ -33,7 +34,7 @@ _log = get_logger("recommender")
 # Latencies of so many answers make the p95 that WatchServing tells.
 _RECENT = 1000
 # How often it is looked how late the event loop is.
-_LAG_INTERVAL_SECONDS = 0.02
+_TICK_SECONDS = 0.01
 # Candidates below which the sources could not even fill a long answer.
 _LEAST_CANDIDATES = 50
 # With less time than this nobody is asked: one hop to another process and back takes 1 ms at best.
@@ -54,7 +55,6 @@ class Recommender:
         self._pipeline = pipeline
         self._settings = settings
         self._clock = clock
-        self._lag_ms = 0.0
         self._recent_ms: deque[float] = deque(maxlen=_RECENT)
         self.load = LoadControl(settings.max_concurrent_requests, clock)
         self.releases = releases
@@ -75,7 +75,7 @@ class Recommender:
         check_recommend(request, now_ms, field_prefix)
         if not request.tokens:
             deadline = deadline.capped_ms(self._settings.deadline_ms)
-        query = self._query(request, deadline, now_ms, probe_item_id)
+        query = self._query(request, deadline, now_ms, probe_item_id, field_prefix)
         response = await self._answer(query)
         self._observe(query, response, (self._clock.monotonic() - start) * 1000)
         return Answered(query, response)
@@ -83,15 +83,15 @@ class Recommender:
     async def warm_up(self, request: RecommendRequest) -> None:
         """Runs a request through all stages without counting it."""
         deadline = Deadline.after_ms(self._settings.deadline_ms, self._clock)
-        await self._answer(self._query(request, deadline, self._clock.now_ms(), ""))
+        await self._answer(self._query(request, deadline, self._clock.now_ms()))
 
     async def watch_loop(self) -> None:
-        """Measures how late the event loop is, until cancelled: what a request waits before its handler starts."""
+        """Tells the load control how late the event loop is, until cancelled."""
         while True:
             start = self._clock.monotonic()
-            await asyncio.sleep(_LAG_INTERVAL_SECONDS)
-            self._lag_ms = max(0.0, (self._clock.monotonic() - start - _LAG_INTERVAL_SECONDS) * 1000)
-            metrics.loop_lag_ms.set(self._lag_ms)
+            await asyncio.sleep(_TICK_SECONDS)
+            self.load.tick(max(0.0, self._clock.monotonic() - start - _TICK_SECONDS) * 1000)
+            metrics.loop_lag_ms.set(self.load.lag_ms)
             metrics.quality.set(self.load.quality)
             metrics.admission_limit.set(self.load.limit)
 
@@ -99,18 +99,21 @@ class Recommender:
         """Of the most recent answers; 0 before the first."""
         return float(np.percentile(self._recent_ms, 95)) if self._recent_ms else 0.0
 
-    def _query(self, request: RecommendRequest, deadline: Deadline, now_ms: int, probe_item_id: str) -> Query:
-        context = request.context
+    def _query(
+        self, request: RecommendRequest, deadline: Deadline, now_ms: int, probe_item_id: str = "", prefix: str = ""
+    ) -> Query:
+        context, release = request.context, self.releases.current
         return Query(
             request,
             str(uuid4()),
             request.num_items or self._settings.default_num_items,
             to_ms(context.as_of_time) if context.HasField("as_of_time") else now_ms,
-            self.releases.current,
+            release,
             Budget(deadline, self._settings.stage_budget_ms),
             Trace(self._clock),
             self._num_candidates(request),
             probe_item_id,
+            read_cursor(request.cursor, request.user_id, release.catalog, f"{prefix}cursor"),
         )
 
     def _num_candidates(self, request: RecommendRequest) -> int:
@@ -135,8 +138,7 @@ class Recommender:
             _log.error("a bug was covered up by a lower rung", error=repr(error), where=_place(error))
             return self._pipeline.recommend_from_ladder(query)
         finally:
-            elapsed_ms = given_ms - query.budget.deadline.remaining_ms()
-            self.load.leave(elapsed_ms + self._lag_ms, given_ms + self._lag_ms)
+            self.load.leave(given_ms - query.budget.deadline.remaining_ms(), given_ms)
 
     def _observe(self, query: Query, response: RecommendResponse, elapsed_ms: float) -> None:
         tier = tier_name(response.served_tier)

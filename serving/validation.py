@@ -22,6 +22,7 @@ MAX_SESSION_EVENTS = 100
 MAX_TOKENS = 100
 MAX_TAG_CHARS = 256
 MAX_BATCH = 1000
+MAX_CURSOR_CHARS = 1_000_000
 
 T = TypeVar("T")
 
@@ -37,10 +38,8 @@ def check_recommend(request: RecommendRequest, now_ms: int, prefix: str = "") ->
     _identifier(f"{prefix}user_id", request.user_id)
     if not 0 <= request.num_items <= MAX_NUM_ITEMS:
         raise InvalidRequestError(f"{prefix}num_items", f"must be in 1..{MAX_NUM_ITEMS}, or 0 for the default")
-    if request.cursor:
-        raise InvalidRequestError(
-            f"{prefix}cursor", "pagination is not there yet; ask for more items with num_items instead"
-        )
+    if len(request.cursor) > MAX_CURSOR_CHARS:
+        raise InvalidRequestError(f"{prefix}cursor", f"more than {MAX_CURSOR_CHARS} characters; it is not one of ours")
     if request.HasField("min_score") and not 0.0 <= request.min_score <= 1.0:
         raise InvalidRequestError(f"{prefix}min_score", "must be a number in 0..1")
     _short(f"{prefix}bundle_version", request.bundle_version)

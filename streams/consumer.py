@@ -49,6 +49,8 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "fetch.wait.max.ms": settings.kafka.fetch_wait_max_ms,
         "queued.max.messages.kbytes": _QUEUE_KB,
     }
+    if streams.instance_id:
+        config["group.instance.id"] = streams.instance_id
     if streams.group_protocol == "consumer":
         # The session is the broker's then (group.consumer.session.timeout.ms).
         config["group.protocol"] = "consumer"

@@ -42,7 +42,8 @@ class EligibilityFilter:
         kept_mask, removed = rules.check(candidates.rows)
         kept = candidates if kept_mask.all() else candidates.take(kept_mask)
         wanted = max(_ENOUGH, query.num_items)
-        if len(kept) < wanted:
+        # A later page has its candidates; with others among them the list would not end.
+        if len(kept) < wanted and query.page.snapshot is None:
             more = eligible_of(query.release.popular.everybody(), rules, wanted, skip=kept.rows)
             kept = kept.with_more(Candidates.of_rows(more.rows, SOURCE_BIT["trending"]))
         return Staged(kept, removed)
@@ -61,6 +62,7 @@ class Eligibility:
         seen = (entry.item_id for entry in user.state.history if entry.kind in seen_kinds)
         self._seen = catalog.rows(seen)
         self._excluded = catalog.rows(query.request.filter.exclude_item_ids)
+        self._shown = catalog.rows(query.page.shown_item_ids)
         never = {p.category for p in user.profile.preferences if p.weight <= -1} if user.profile else set()
         self._checks = _item_checks(query.request.filter, never)
 
@@ -81,6 +83,8 @@ class Eligibility:
         drop("expired", column("expire_ms")[rows] <= self._now_ms)
         if len(self._excluded):
             drop("excluded by the request", np.isin(rows, self._excluded))
+        if len(self._shown):
+            drop("shown on a page before", np.isin(rows, self._shown))
         if len(self._seen):
             drop("seen by the user", np.isin(rows, self._seen))
         for reason, passes in self._checks:

@@ -100,12 +100,13 @@ class BlendingReRanker:
         pins = query.release.rules.pins(query.surface, user.segment)
         if not pins:
             return order, frozenset()
-        catalog = query.release.catalog
+        # Positions are those of the whole list; a later page has its own part of them.
+        catalog, first = query.release.catalog, query.page.offset
         index_of = {row: index for index, row in enumerate(candidates.rows.tolist())}
         wanted = [
-            (index_of[row], min(pin.position, len(order) - 1))
+            (index_of[row], min(pin.position - first, len(order) - 1))
             for pin in pins
-            if (row := catalog.row(pin.item_id)) in index_of
+            if pin.position >= first and (row := catalog.row(pin.item_id)) in index_of
         ]
         return place_pins(order, wanted), frozenset(position for _, position in wanted)
 

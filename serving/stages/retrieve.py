@@ -38,6 +38,9 @@ class MergingRetriever:
         self._client = client
 
     async def retrieve(self, query: Query, user: UserFeatures) -> Staged:
+        if query.page.snapshot is not None:
+            # A later page ranks what the first one found: nothing is skipped, nothing comes in between.
+            return Staged(query.page.snapshot)
         merged = _Merger(query.release.catalog)
         try:
             response = await self._client.retrieve(self._request(query, user), query.budget)

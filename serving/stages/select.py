@@ -73,7 +73,7 @@ class TopSelector:
         item = query.release.catalog.items[row]
         recommendation = Recommendation(
             item_id=query.release.catalog.item_ids[row],
-            position=place,
+            position=query.page.offset + place,
             score=float(ranking.scores[place]),
             propensity=float(ranking.propensities[place]),
             sources=[source for index, source in enumerate(SOURCES) if bits >> index & 1],

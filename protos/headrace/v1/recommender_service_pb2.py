@@ -27,7 +27,7 @@ from headrace.v1 import events_pb2 as headrace_dot_v1_dot_events__pb2
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%headrace/v1/recommender_service.proto\x12\x0bheadrace.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18headrace/v1/events.proto\x1a\x17headrace/v1/types.proto\"\x81\x03\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tnum_items\x18\x02 \x01(\x05\x12%\n\x07\x63ontext\x18\x03 \x01(\x0b\x32\x14.headrace.v1.Context\x12\'\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x17.headrace.v1.ItemFilter\x12(\n\x06tokens\x18\x05 \x03(\x0b\x32\x18.headrace.v1.IngestToken\x12*\n\x0esession_events\x18\x06 \x03(\x0b\x32\x12.headrace.v1.Event\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\t\x12\x1b\n\x13\x64isable_exploration\x18\x08 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x12\x16\n\x0e\x62undle_version\x18\n \x01(\t\x12\x16\n\x0e\x65xperiment_arm\x18\x0b \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x0c \x01(\x08\x12\x16\n\tmin_score\x18\r \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_min_score\"\xb9\x01\n\x0eRecommendation\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x12\n\npropensity\x18\x04 \x01(\x01\x12\x0f\n\x07sources\x18\x05 \x03(\t\x12\x0f\n\x07reasons\x18\x06 \x03(\t\x12\r\n\x05title\x18\x07 \x01(\t\x12\x30\n\rcontributions\x18\x08 \x03(\x0b\x32\x19.headrace.v1.Contribution\"\xc9\x03\n\x11RecommendResponse\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12*\n\x05items\x18\x02 \x03(\x0b\x32\x1b.headrace.v1.Recommendation\x12-\n\x0bserved_tier\x18\x03 \x01(\x0e\x32\x18.headrace.v1.ServingTier\x12\x35\n\x10\x64\x65graded_reasons\x18\x04 \x03(\x0e\x32\x1b.headrace.v1.DegradedReason\x12\x37\n\x13\x66\x65\x61tures_as_of_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0estate_revision\x18\x06 \x01(\x03\x12\'\n\x08versions\x18\x07 \x01(\x0b\x32\x15.headrace.v1.Versions\x12\x16\n\x0e\x65xperiment_arm\x18\x08 \x01(\t\x12/\n\rstage_timings\x18\t \x03(\x0b\x32\x18.headrace.v1.StageTiming\x12\x13\n\x0bnext_cursor\x18\n \x01(\t\x12/\n\x0b\x61nswer_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x15RecommendBatchRequest\x12/\n\x08requests\x18\x01 \x03(\x0b\x32\x1d.headrace.v1.RecommendRequest\"L\n\x16RecommendBatchResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.headrace.v1.RecommendBatchResult\"\x90\x01\n\x14RecommendBatchResult\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x32\n\x08response\x18\x02 \x01(\x0b\x32\x1e.headrace.v1.RecommendResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.headrace.v1.ErrorDetailH\x00\x42\x08\n\x06result\";\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"Q\n\x0e\x45xplainRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.headrace.v1.RecommendRequest\x12\x0f\n\x07item_id\x18\x02 \x01(\t\"\xc5\x02\n\x0f\x45xplainResponse\x12\x11\n\tin_answer\x18\x01 \x01(\x08\x12\x33\n\x0erecommendation\x18\x02 \x01(\x0b\x32\x1b.headrace.v1.Recommendation\x12\x18\n\x10\x64ropped_by_stage\x18\x03 \x01(\t\x12\x16\n\x0e\x64ropped_reason\x18\x04 \x01(\t\x12\x19\n\x0crank_at_drop\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rscore_at_drop\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12/\n\rstage_timings\x18\x07 \x03(\x0b\x32\x18.headrace.v1.StageTiming\x12-\n\x0bserved_tier\x18\x08 \x01(\x0e\x32\x18.headrace.v1.ServingTierB\x0f\n\r_rank_at_dropB\x10\n\x0e_score_at_drop\"I\n\x1bReplayRecommendationRequest\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"\xa5\x01\n\x1cReplayRecommendationResponse\x12\x0f\n\x07matches\x18\x01 \x01(\x08\x12.\n\x06logged\x18\x02 \x01(\x0b\x32\x1e.headrace.v1.RecommendResponse\x12/\n\x07rebuilt\x18\x03 \x01(\x0b\x32\x1e.headrace.v1.RecommendResponse\x12\x13\n\x0b\x64ifferences\x18\x04 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xd1\x02\n\x14GetModelInfoResponse\x12\'\n\x08versions\x18\x01 \x01(\x0b\x32\x15.headrace.v1.Versions\x12\x37\n\x13\x62undle_created_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13\x64\x61ta_watermark_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11\x66\x65\x61ture_signature\x18\x04 \x01(\t\x12\x12\n\nitem_count\x18\x05 \x01(\x03\x12?\n\x07metrics\x18\x06 \x03(\x0b\x32..headrace.v1.GetModelInfoResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x15\n\x13WatchServingRequest\"\xf2\x02\n\x14WatchServingResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08versions\x18\x02 \x01(\x0b\x32\x15.headrace.v1.Versions\x12M\n\x0f\x61nswers_by_tier\x18\x03 \x03(\x0b\x32\x34.headrace.v1.WatchServingResponse.AnswersByTierEntry\x12\x41\n\x08\x62reakers\x18\x04 \x03(\x0b\x32/.headrace.v1.WatchServingResponse.BreakersEntry\x12\x0e\n\x06p95_ms\x18\x05 \x01(\x01\x1a\x34\n\x12\x41nswersByTierEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a/\n\rBreakersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x9a\x04\n\x12RecommenderService\x12J\n\tRecommend\x12\x1d.headrace.v1.RecommendRequest\x1a\x1e.headrace.v1.RecommendResponse\x12Y\n\x0eRecommendBatch\x12\".headrace.v1.RecommendBatchRequest\x1a#.headrace.v1.RecommendBatchResponse\x12\x44\n\x07\x45xplain\x12\x1b.headrace.v1.ExplainRequest\x1a\x1c.headrace.v1.ExplainResponse\x12k\n\x14ReplayRecommendation\x12(.headrace.v1.ReplayRecommendationRequest\x1a).headrace.v1.ReplayRecommendationResponse\x12S\n\x0cGetModelInfo\x12 .headrace.v1.GetModelInfoRequest\x1a!.headrace.v1.GetModelInfoResponse\x12U\n\x0cWatchServing\x12 .headrace.v1.WatchServingRequest\x1a!.headrace.v1.WatchServingResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%headrace/v1/recommender_service.proto\x12\x0bheadrace.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18headrace/v1/events.proto\x1a\x17headrace/v1/types.proto\"\x96\x03\n\x10RecommendRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tnum_items\x18\x02 \x01(\x05\x12%\n\x07\x63ontext\x18\x03 \x01(\x0b\x32\x14.headrace.v1.Context\x12\'\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x17.headrace.v1.ItemFilter\x12(\n\x06tokens\x18\x05 \x03(\x0b\x32\x18.headrace.v1.IngestToken\x12*\n\x0esession_events\x18\x06 \x03(\x0b\x32\x12.headrace.v1.Event\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\t\x12\x1b\n\x13\x64isable_exploration\x18\x08 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x12\x16\n\x0e\x62undle_version\x18\n \x01(\t\x12\x16\n\x0e\x65xperiment_arm\x18\x0b \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x0c \x01(\x08\x12\x16\n\tmin_score\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0bwith_cursor\x18\x0e \x01(\x08\x42\x0c\n\n_min_score\"\xb9\x01\n\x0eRecommendation\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x12\n\npropensity\x18\x04 \x01(\x01\x12\x0f\n\x07sources\x18\x05 \x03(\t\x12\x0f\n\x07reasons\x18\x06 \x03(\t\x12\r\n\x05title\x18\x07 \x01(\t\x12\x30\n\rcontributions\x18\x08 \x03(\x0b\x32\x19.headrace.v1.Contribution\"\xc9\x03\n\x11RecommendResponse\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12*\n\x05items\x18\x02 \x03(\x0b\x32\x1b.headrace.v1.Recommendation\x12-\n\x0bserved_tier\x18\x03 \x01(\x0e\x32\x18.headrace.v1.ServingTier\x12\x35\n\x10\x64\x65graded_reasons\x18\x04 \x03(\x0e\x32\x1b.headrace.v1.DegradedReason\x12\x37\n\x13\x66\x65\x61tures_as_of_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0estate_revision\x18\x06 \x01(\x03\x12\'\n\x08versions\x18\x07 \x01(\x0b\x32\x15.headrace.v1.Versions\x12\x16\n\x0e\x65xperiment_arm\x18\x08 \x01(\t\x12/\n\rstage_timings\x18\t \x03(\x0b\x32\x18.headrace.v1.StageTiming\x12\x13\n\x0bnext_cursor\x18\n \x01(\t\x12/\n\x0b\x61nswer_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x15RecommendBatchRequest\x12/\n\x08requests\x18\x01 \x03(\x0b\x32\x1d.headrace.v1.RecommendRequest\"L\n\x16RecommendBatchResponse\x12\x32\n\x07results\x18\x01 \x03(\x0b\x32!.headrace.v1.RecommendBatchResult\"\x90\x01\n\x14RecommendBatchResult\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x32\n\x08response\x18\x02 \x01(\x0b\x32\x1e.headrace.v1.RecommendResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.headrace.v1.ErrorDetailH\x00\x42\x08\n\x06result\";\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\"Q\n\x0e\x45xplainRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.headrace.v1.RecommendRequest\x12\x0f\n\x07item_id\x18\x02 \x01(\t\"\xc5\x02\n\x0f\x45xplainResponse\x12\x11\n\tin_answer\x18\x01 \x01(\x08\x12\x33\n\x0erecommendation\x18\x02 \x01(\x0b\x32\x1b.headrace.v1.Recommendation\x12\x18\n\x10\x64ropped_by_stage\x18\x03 \x01(\t\x12\x16\n\x0e\x64ropped_reason\x18\x04 \x01(\t\x12\x19\n\x0crank_at_drop\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rscore_at_drop\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12/\n\rstage_timings\x18\x07 \x03(\x0b\x32\x18.headrace.v1.StageTiming\x12-\n\x0bserved_tier\x18\x08 \x01(\x0e\x32\x18.headrace.v1.ServingTierB\x0f\n\r_rank_at_dropB\x10\n\x0e_score_at_drop\"I\n\x1bReplayRecommendationRequest\x12\x19\n\x11recommendation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"\xa5\x01\n\x1cReplayRecommendationResponse\x12\x0f\n\x07matches\x18\x01 \x01(\x08\x12.\n\x06logged\x18\x02 \x01(\x0b\x32\x1e.headrace.v1.RecommendResponse\x12/\n\x07rebuilt\x18\x03 \x01(\x0b\x32\x1e.headrace.v1.RecommendResponse\x12\x13\n\x0b\x64ifferences\x18\x04 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xd1\x02\n\x14GetModelInfoResponse\x12\'\n\x08versions\x18\x01 \x01(\x0b\x32\x15.headrace.v1.Versions\x12\x37\n\x13\x62undle_created_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13\x64\x61ta_watermark_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11\x66\x65\x61ture_signature\x18\x04 \x01(\t\x12\x12\n\nitem_count\x18\x05 \x01(\x03\x12?\n\x07metrics\x18\x06 \x03(\x0b\x32..headrace.v1.GetModelInfoResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x15\n\x13WatchServingRequest\"\xf2\x02\n\x14WatchServingResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08versions\x18\x02 \x01(\x0b\x32\x15.headrace.v1.Versions\x12M\n\x0f\x61nswers_by_tier\x18\x03 \x03(\x0b\x32\x34.headrace.v1.WatchServingResponse.AnswersByTierEntry\x12\x41\n\x08\x62reakers\x18\x04 \x03(\x0b\x32/.headrace.v1.WatchServingResponse.BreakersEntry\x12\x0e\n\x06p95_ms\x18\x05 \x01(\x01\x1a\x34\n\x12\x41nswersByTierEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a/\n\rBreakersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x9a\x04\n\x12RecommenderService\x12J\n\tRecommend\x12\x1d.headrace.v1.RecommendRequest\x1a\x1e.headrace.v1.RecommendResponse\x12Y\n\x0eRecommendBatch\x12\".headrace.v1.RecommendBatchRequest\x1a#.headrace.v1.RecommendBatchResponse\x12\x44\n\x07\x45xplain\x12\x1b.headrace.v1.ExplainRequest\x1a\x1c.headrace.v1.ExplainResponse\x12k\n\x14ReplayRecommendation\x12(.headrace.v1.ReplayRecommendationRequest\x1a).headrace.v1.ReplayRecommendationResponse\x12S\n\x0cGetModelInfo\x12 .headrace.v1.GetModelInfoRequest\x1a!.headrace.v1.GetModelInfoResponse\x12U\n\x0cWatchServing\x12 .headrace.v1.WatchServingRequest\x1a!.headrace.v1.WatchServingResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,41 +41,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHSERVINGRESPONSE_BREAKERSENTRY']._loaded_options = None
   _globals['_WATCHSERVINGRESPONSE_BREAKERSENTRY']._serialized_options = b'8\001'
   _globals['_RECOMMENDREQUEST']._serialized_start=139
-  _globals['_RECOMMENDREQUEST']._serialized_end=524
-  _globals['_RECOMMENDATION']._serialized_start=527
-  _globals['_RECOMMENDATION']._serialized_end=712
-  _globals['_RECOMMENDRESPONSE']._serialized_start=715
-  _globals['_RECOMMENDRESPONSE']._serialized_end=1172
-  _globals['_RECOMMENDBATCHREQUEST']._serialized_start=1174
-  _globals['_RECOMMENDBATCHREQUEST']._serialized_end=1246
-  _globals['_RECOMMENDBATCHRESPONSE']._serialized_start=1248
-  _globals['_RECOMMENDBATCHRESPONSE']._serialized_end=1324
-  _globals['_RECOMMENDBATCHRESULT']._serialized_start=1327
-  _globals['_RECOMMENDBATCHRESULT']._serialized_end=1471
-  _globals['_ERRORDETAIL']._serialized_start=1473
-  _globals['_ERRORDETAIL']._serialized_end=1532
-  _globals['_EXPLAINREQUEST']._serialized_start=1534
-  _globals['_EXPLAINREQUEST']._serialized_end=1615
-  _globals['_EXPLAINRESPONSE']._serialized_start=1618
-  _globals['_EXPLAINRESPONSE']._serialized_end=1943
-  _globals['_REPLAYRECOMMENDATIONREQUEST']._serialized_start=1945
-  _globals['_REPLAYRECOMMENDATIONREQUEST']._serialized_end=2018
-  _globals['_REPLAYRECOMMENDATIONRESPONSE']._serialized_start=2021
-  _globals['_REPLAYRECOMMENDATIONRESPONSE']._serialized_end=2186
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2188
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2209
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2212
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2549
-  _globals['_GETMODELINFORESPONSE_METRICSENTRY']._serialized_start=2503
-  _globals['_GETMODELINFORESPONSE_METRICSENTRY']._serialized_end=2549
-  _globals['_WATCHSERVINGREQUEST']._serialized_start=2551
-  _globals['_WATCHSERVINGREQUEST']._serialized_end=2572
-  _globals['_WATCHSERVINGRESPONSE']._serialized_start=2575
-  _globals['_WATCHSERVINGRESPONSE']._serialized_end=2945
-  _globals['_WATCHSERVINGRESPONSE_ANSWERSBYTIERENTRY']._serialized_start=2844
-  _globals['_WATCHSERVINGRESPONSE_ANSWERSBYTIERENTRY']._serialized_end=2896
-  _globals['_WATCHSERVINGRESPONSE_BREAKERSENTRY']._serialized_start=2898
-  _globals['_WATCHSERVINGRESPONSE_BREAKERSENTRY']._serialized_end=2945
-  _globals['_RECOMMENDERSERVICE']._serialized_start=2948
-  _globals['_RECOMMENDERSERVICE']._serialized_end=3486
+  _globals['_RECOMMENDREQUEST']._serialized_end=545
+  _globals['_RECOMMENDATION']._serialized_start=548
+  _globals['_RECOMMENDATION']._serialized_end=733
+  _globals['_RECOMMENDRESPONSE']._serialized_start=736
+  _globals['_RECOMMENDRESPONSE']._serialized_end=1193
+  _globals['_RECOMMENDBATCHREQUEST']._serialized_start=1195
+  _globals['_RECOMMENDBATCHREQUEST']._serialized_end=1267
+  _globals['_RECOMMENDBATCHRESPONSE']._serialized_start=1269
+  _globals['_RECOMMENDBATCHRESPONSE']._serialized_end=1345
+  _globals['_RECOMMENDBATCHRESULT']._serialized_start=1348
+  _globals['_RECOMMENDBATCHRESULT']._serialized_end=1492
+  _globals['_ERRORDETAIL']._serialized_start=1494
+  _globals['_ERRORDETAIL']._serialized_end=1553
+  _globals['_EXPLAINREQUEST']._serialized_start=1555
+  _globals['_EXPLAINREQUEST']._serialized_end=1636
+  _globals['_EXPLAINRESPONSE']._serialized_start=1639
+  _globals['_EXPLAINRESPONSE']._serialized_end=1964
+  _globals['_REPLAYRECOMMENDATIONREQUEST']._serialized_start=1966
+  _globals['_REPLAYRECOMMENDATIONREQUEST']._serialized_end=2039
+  _globals['_REPLAYRECOMMENDATIONRESPONSE']._serialized_start=2042
+  _globals['_REPLAYRECOMMENDATIONRESPONSE']._serialized_end=2207
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2209
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2230
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2233
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2570
+  _globals['_GETMODELINFORESPONSE_METRICSENTRY']._serialized_start=2524
+  _globals['_GETMODELINFORESPONSE_METRICSENTRY']._serialized_end=2570
+  _globals['_WATCHSERVINGREQUEST']._serialized_start=2572
+  _globals['_WATCHSERVINGREQUEST']._serialized_end=2593
+  _globals['_WATCHSERVINGRESPONSE']._serialized_start=2596
+  _globals['_WATCHSERVINGRESPONSE']._serialized_end=2966
+  _globals['_WATCHSERVINGRESPONSE_ANSWERSBYTIERENTRY']._serialized_start=2865
+  _globals['_WATCHSERVINGRESPONSE_ANSWERSBYTIERENTRY']._serialized_end=2917
+  _globals['_WATCHSERVINGRESPONSE_BREAKERSENTRY']._serialized_start=2919
+  _globals['_WATCHSERVINGRESPONSE_BREAKERSENTRY']._serialized_end=2966
+  _globals['_RECOMMENDERSERVICE']._serialized_start=2969
+  _globals['_RECOMMENDERSERVICE']._serialized_end=3507
 # @@protoc_insertion_point(module_scope)

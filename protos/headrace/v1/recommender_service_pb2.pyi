@@ -38,12 +38,15 @@ class RecommendRequest(_message.Message):
     EXPERIMENT_ARM_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     MIN_SCORE_FIELD_NUMBER: _builtins.int
+    WITH_CURSOR_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """1..128 characters."""
     num_items: _builtins.int
     """1..500; 0 or absent = 20."""
     cursor: _builtins.str
-    """From the last answer's next_cursor."""
+    """From the last answer's next_cursor: the next page. Pages never repeat an item and skip none of the first page's
+    candidates, while what was not shown yet is ranked anew each time. num_items may change from page to page.
+    """
     disable_exploration: _builtins.bool
     """No exploration: the answer is a function of state, bundle and time."""
     explain: _builtins.bool
@@ -55,6 +58,8 @@ class RecommendRequest(_message.Message):
     """Do not log impressions (tests, previews)."""
     min_score: _builtins.float
     """Items that score lower than this (calibrated click probability) count as unknown and are left out."""
+    with_cursor: _builtins.bool
+    """Fill in next_cursor. Implied where `cursor` is given."""
     @_builtins.property
     def context(self) -> _types_pb2.Context: ...
     @_builtins.property
@@ -83,10 +88,11 @@ class RecommendRequest(_message.Message):
         experiment_arm: _builtins.str = ...,
         dry_run: _builtins.bool = ...,
         min_score: _builtins.float | None = ...,
+        with_cursor: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "context", b"context", "filter", b"filter", "min_score", b"min_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "bundle_version", b"bundle_version", "context", b"context", "cursor", b"cursor", "disable_exploration", b"disable_exploration", "dry_run", b"dry_run", "experiment_arm", b"experiment_arm", "explain", b"explain", "filter", b"filter", "min_score", b"min_score", "num_items", b"num_items", "session_events", b"session_events", "tokens", b"tokens", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_score", b"_min_score", "bundle_version", b"bundle_version", "context", b"context", "cursor", b"cursor", "disable_exploration", b"disable_exploration", "dry_run", b"dry_run", "experiment_arm", b"experiment_arm", "explain", b"explain", "filter", b"filter", "min_score", b"min_score", "num_items", b"num_items", "session_events", b"session_events", "tokens", b"tokens", "user_id", b"user_id", "with_cursor", b"with_cursor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
     _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
@@ -108,7 +114,7 @@ class Recommendation(_message.Message):
     CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     position: _builtins.int
-    """0 = first."""
+    """0 = first of the first page; pages go on counting."""
     score: _builtins.float
     propensity: _builtins.float
     title: _builtins.str
@@ -162,7 +168,7 @@ class RecommendResponse(_message.Message):
     state_revision: _builtins.int
     experiment_arm: _builtins.str
     next_cursor: _builtins.str
-    """Empty = no more pages."""
+    """Where asked for. Empty = no more pages."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recommendation]: ...
     @_builtins.property
