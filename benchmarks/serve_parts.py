@@ -15,8 +15,7 @@ import numpy as np
 import redis
 import torch
 
-from candidate.index import ItemIndex
-from core import bundle as names
+from candidate.snapshot import load_snapshot
 from core.bundle import ReleaseBundle
 from core.clock import SystemClock
 from core.deadline import Deadline
@@ -49,7 +48,7 @@ async def bare_parts_ms(settings: Settings, bundle: ReleaseBundle, user_id: str)
     state = windows.decode(row.state)
     release = load_release(bundle, settings)
     catalog, now_ms = release.catalog, clock.now_ms()
-    index = ItemIndex.load(bundle.file(names.INDEX))
+    index = load_snapshot(bundle, settings).index
     quota, wanted = settings.candidate.quotas["ann"], settings.serving.num_candidates
     allowed, vector = catalog.servable(now_ms), np.array(row.vector, np.float32)[None]
     parts["search"] = _median(lambda: index.search(vector, quota, allowed))
