@@ -15,7 +15,14 @@ from candidate.feed import AWAY_SECONDS, Snapshots
 from candidate.retriever import Retriever
 from candidate.service import CandidateService
 from candidate.snapshot import Snapshot
-from candidate.sources import AnnSource, CandidateSource, ItemToItemSource, NewSource, TrendingSource
+from candidate.sources import (
+    AnnSource,
+    CandidateSource,
+    CoVisitationSource,
+    ItemToItemSource,
+    NewSource,
+    TrendingSource,
+)
 from core.clock import SystemClock
 from core.deadline import Deadline
 from core.grpc_runtime import GrpcServer
@@ -50,9 +57,9 @@ async def serve(settings: Settings, process: Process) -> None:
     watcher: asyncio.Task[None] | None = None
     try:
         await server.start()
-        snapshots.feed.start()
+        snapshots.feeds.start()
         await asyncio.to_thread(warm_up, retriever, snapshots.current, settings)
-        if not await asyncio.to_thread(snapshots.feed.catch_up, AWAY_SECONDS, process.stopping.is_set):
+        if not await asyncio.to_thread(snapshots.feeds.catch_up, AWAY_SECONDS, process.stopping.is_set):
             _log.warning("kafka is away: serving the bundle's items, news follow when it is back")
         freeze_heap()
         watcher = asyncio.create_task(snapshots.watch())
@@ -72,7 +79,7 @@ async def serve(settings: Settings, process: Process) -> None:
 
 def make_sources() -> list[CandidateSource]:
     """The sources, in the order in which they are asked."""
-    return [AnnSource(), ItemToItemSource(), TrendingSource(), NewSource()]
+    return [AnnSource(), ItemToItemSource(), CoVisitationSource(), TrendingSource(), NewSource()]
 
 
 def warm_up(retriever: Retriever, snapshot: Snapshot, settings: Settings) -> None:

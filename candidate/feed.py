@@ -1,15 +1,18 @@
-"""Keeps the snapshot fresh and current: follows the compacted topics, swaps to the registry's new bundle.
+"""Keeps the snapshot fresh and current: follows the topics, swaps to the registry's new bundle.
 
-Invariant: each snapshot has one writer, its own follower's thread; a bundle that does not load leaves the one that
-serves in place; Kafka being away delays news and never ends the service.
+Invariant: each part of a snapshot has one writer, a follower's thread of its own; a bundle that does not load leaves
+the one that serves in place; Kafka being away delays news and never ends the service.
 """
 
 import asyncio
+from collections.abc import Callable
 
 from candidate import metrics
+from candidate.event_feed import EventFeed
 from candidate.snapshot import Snapshot, load_snapshot
 from core import bundle as bundles
 from core.errors import ArtifactError
+from core.feed import TopicFeed
 from core.settings import Settings
 from core.telemetry import get_logger
 from features.catalog_feed import CatalogFeed
@@ -20,6 +23,33 @@ _log = get_logger("candidate")
 AWAY_SECONDS = 5.0
 
 
+class Feeds:
+    """What keeps one snapshot fresh."""
+
+    def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
+        self.catalog = CatalogFeed(snapshot, snapshot.manifest, settings, metrics.count_malformed, snapshot.tidy)
+        # Without a quota nobody asks for the pairs, and the replica saves itself the reading of all events.
+        has_quota = settings.candidate.quotas["co_visitation"] > 0
+        self.events = EventFeed(snapshot.co_visitation, settings) if has_quota else None
+        self._all: tuple[TopicFeed, ...] = (self.catalog,) if self.events is None else (self.catalog, self.events)
+
+    def start(self) -> None:
+        for feed in self._all:
+            feed.start()
+
+    def stop(self) -> None:
+        for feed in self._all:
+            feed.stop()
+
+    @property
+    def has_caught_up(self) -> bool:
+        return all(feed.has_caught_up for feed in self._all)
+
+    def catch_up(self, away_seconds: float, is_stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Waits for each of them (`TopicFeed.catch_up`)."""
+        return all(feed.catch_up(away_seconds, is_stopping) for feed in self._all)
+
+
 class Snapshots:
     """The snapshot that serves, and its successors."""
 
@@ -27,14 +57,14 @@ class Snapshots:
         """Loads the registry's current bundle. Raises ArtifactError where there is none, or it is broken."""
         self._settings = settings
         self._refused = ""
-        self._snapshot, self.feed = self._open()
+        self._snapshot, self.feeds = self._open()
 
     @property
     def current(self) -> Snapshot:
         return self._snapshot
 
     def close(self) -> None:
-        self.feed.stop()
+        self.feeds.stop()
 
     async def watch(self) -> None:
         """Swaps to what CURRENT names, whenever that changes, until cancelled."""
@@ -51,20 +81,16 @@ class Snapshots:
                     _log.warning("the new bundle is refused, the old one serves on", problem=str(error))
                 self._refused = version
 
-    def _open(self) -> tuple[Snapshot, CatalogFeed]:
+    def _open(self) -> tuple[Snapshot, Feeds]:
         snapshot = load_snapshot(bundles.open_current(self._settings.registry.path), self._settings)
-        return snapshot, CatalogFeed(snapshot, snapshot.manifest, self._settings, _count_malformed, snapshot.tidy)
+        return snapshot, Feeds(snapshot, self._settings)
 
     def _swap(self) -> None:
-        snapshot, feed = self._open()
-        feed.start()
+        snapshot, feeds = self._open()
+        feeds.start()
         # Where the old one hears nothing either, there is nothing to wait for.
-        if not feed.catch_up(AWAY_SECONDS if self.feed.has_caught_up else 0.0):
+        if not feeds.catch_up(AWAY_SECONDS if self.feeds.has_caught_up else 0.0):
             _log.warning("kafka is away: the new bundle serves without what came since it was made")
-        before, self.feed, self._snapshot = self.feed, feed, snapshot
+        before, self.feeds, self._snapshot = self.feeds, feeds, snapshot
         before.stop()
         _log.info("bundle swapped", bundle=snapshot.manifest.bundle_version, items=len(snapshot.catalog))
-
-
-def _count_malformed(topic: str) -> None:
-    metrics.malformed.labels(topic).inc()

@@ -11,4 +11,10 @@ source_ms = histogram_ms("candidate", "source_ms", "Time that a source took.", (
 encoded_users = counter("candidate", "encoded_users", "Users encoded.", ("method",))
 index_items = gauge("candidate", "index_items", "Vectors in the index.", ("part",))
 items_applied = counter("candidate", "items_applied", "Items learnt from the items topic.", ("change",))
-malformed = counter("candidate", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))
+events_learnt = counter("candidate", "events_learnt", "Events and feedback read for co-visitation.")
+co_visitation_pairs = gauge("candidate", "co_visitation_pairs", "Pairs of items held, counted from both.")
+malformed = counter("candidate", "malformed", "Messages of the followed topics that could not be read.", ("topic",))
+
+
+def count_malformed(topic: str) -> None:
+    malformed.labels(topic).inc()

@@ -5,7 +5,7 @@ is of the snapshot's embedding version and not older than the state; else the us
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +54,7 @@ class Retriever:
         self._settings = settings
         self._positive = frozenset(settings.features.positive_kinds)
         self._sources = sources
+        self._default_quotas: Mapping[str, int] = {str(k): v for k, v in settings.candidate.quotas.items()}
         self._clock = clock
 
     def retrieve(self, request: RetrieveCandidatesRequest, snapshot: Snapshot, job: Job) -> RetrieveCandidatesResponse:
@@ -126,9 +127,10 @@ class Retriever:
         if request.source_quotas:
             return {source.name: request.source_quotas.get(source.name, 0) for source in self._sources}
         # What cannot bring anything for this user leaves its share to the others.
-        idle = {"ann": query.user_vector is None, "item_to_item": not len(query.seeds)}
+        no_seeds = not len(query.seeds)
+        idle = {"ann": query.user_vector is None, "item_to_item": no_seeds, "co_visitation": no_seeds}
         running = [source.name for source in self._sources if not idle.get(source.name, False)]
-        return scaled_quotas(self._settings.candidate.quotas, running, request.num_candidates)
+        return scaled_quotas(self._default_quotas, running, request.num_candidates)
 
     def _fan_out(
         self, snapshot: Snapshot, query: Query, quotas: dict[str, int], job: Job

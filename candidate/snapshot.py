@@ -14,10 +14,11 @@ from safetensors.numpy import load_file
 
 from candidate import metrics
 from candidate.attributes import Attributes
+from candidate.co_visitation import CoVisitation, load_co_visitation
 from candidate.encoder import UserEncoder, encode_items
 from candidate.index import ItemIndex, load_index
 from candidate.towers import Towers, load_towers
-from core.bundle import INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
+from core.bundle import CO_VISITATION, INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
 from core.errors import ArtifactError
 from core.settings import Settings
 from features.catalog import Catalog
@@ -38,9 +39,11 @@ class Snapshot:
         towers: Towers,
         catalog: Catalog,
         index: ItemIndex,
+        co_visitation: CoVisitation,
         settings: Settings,
     ) -> None:
         self.manifest = manifest
+        self.co_visitation = co_visitation
         self.embedding_version = towers.embedding_version
         self.catalog = catalog
         self.index = index
@@ -108,6 +111,7 @@ class Snapshot:
         metrics.index_items.labels("main").set(self.index.main_count)
         metrics.index_items.labels("delta").set(self.index.delta_count)
         metrics.index_items.labels("tombstones").set(self.index.tombstone_count)
+        metrics.co_visitation_pairs.set(self.co_visitation.pair_count)
 
 
 def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
@@ -137,7 +141,12 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
                 f"bundle {bundle.version}: the {part} is of embedding version {theirs or '(none)'}, the towers are "
                 f"of {version}; run `headrace train`"
             )
-    return Snapshot(bundle.manifest, towers, catalog, index, settings)
+    # A bundle of an earlier version has none: the pairs are then learnt from all that the topics still hold.
+    own = settings.candidate.co_visitation
+    pairs = CoVisitation(own, settings.features)
+    if bundle.has(CO_VISITATION):
+        pairs = load_co_visitation(bundle.path, own, settings.features)
+    return Snapshot(bundle.manifest, towers, catalog, index, pairs, settings)
 
 
 def read_item_vectors(bundle: ReleaseBundle) -> Floats:

@@ -88,6 +88,22 @@ class ItemToItemSource:
         return _best_of(rows.ravel(), scores.ravel(), quota)
 
 
+class CoVisitationSource:
+    """Items that the same users met together with one of the user's last items. The score is the similarity, 0..1."""
+
+    name = "co_visitation"
+
+    def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
+        ids = snapshot.catalog.item_ids
+        names, similarity = snapshot.co_visitation.similar([ids[row] for row in query.seeds.tolist()], query.now_ms)
+        rows = snapshot.catalog.rows(names).astype(np.int64)
+        known = np.flatnonzero((rows >= 0) & (rows < len(query.allowed)))
+        known = known[query.allowed[rows[known]]]
+        # Ties by the catalogue's order, which replicas of a bundle share.
+        best = known[np.lexsort((rows[known], -similarity[known]))[:quota]]
+        return Hits(rows[best], similarity[best].astype(np.float32))
+
+
 class TrendingSource:
     """Items most engaged with lately (the shortest half-life). The score is relative to the first: 0..1."""
 

@@ -175,6 +175,12 @@ class Record:
     headers: Any
     partition: int
     offset: int
+    # When the broker (or the producer) stamped it; 0 = unknown.
+    time_ms: int = 0
+
+
+# Where to begin, by topic and partition; those that are not named begin at the start.
+StartOffsets = Mapping[tuple[str, int], int]
 
 
 class TopicFollower:
@@ -190,15 +196,17 @@ class TopicFollower:
         settings: KafkaSettings,
         topics: Iterable[str],
         on_records: Callable[[list[Record]], None],
-        start_offsets: Mapping[tuple[str, int], int] | None = None,
+        start_offsets: StartOffsets | Callable[[], StartOffsets] | None = None,
         *,
         from_end: bool = False,
     ) -> None:
+        """`start_offsets` may be a function, asked once Kafka answers (StageError: it is asked again)."""
         self._from_end = from_end
         self._settings = settings
         self._topics = tuple(topics)
         self._on_records = on_records
-        self._start_offsets = dict(start_offsets or {})
+        self._asked_offsets = start_offsets if callable(start_offsets) else None
+        self._start_offsets = {} if start_offsets is None or callable(start_offsets) else dict(start_offsets)
         self._targets: dict[tuple[str, int], int] = {}
         self._problem = ""
         self._stopping = threading.Event()
@@ -226,7 +234,7 @@ class TopicFollower:
             )
             try:
                 self._follow(consumer)
-            except KafkaException as error:
+            except (KafkaException, StageError) as error:
                 self._tell(str(error.args[0]))
                 self._stopping.wait(0.5)
             finally:
@@ -241,6 +249,9 @@ class TopicFollower:
         self._problem = problem
 
     def _follow(self, consumer: Consumer) -> None:
+        if self._asked_offsets is not None:
+            self._start_offsets = dict(self._asked_offsets())
+            self._asked_offsets = None
         assignment = self._assignment(consumer)
         consumer.assign(assignment)
         if self._problem:
@@ -260,6 +271,7 @@ class TopicFollower:
                     headers_of(message),
                     message.partition() or 0,
                     message.offset() or 0,
+                    message.timestamp()[1],
                 )
                 records.append(record)
                 self._start_offsets[(record.topic, record.partition)] = record.offset + 1

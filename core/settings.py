@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -108,6 +108,21 @@ class StreamsSettings(_Section):
     event_log_interval_ms: Positive
 
 
+# Sources of the candidate service (features.vectors.SOURCES has the ranker's view of them).
+SourceName = Literal["ann", "item_to_item", "co_visitation", "trending", "new"]
+
+
+class CoVisitationSettings(_Section):
+    """What the candidate service learns from the events: items that go together."""
+
+    window_seconds: Positive
+    window_events: Annotated[int, Field(gt=0, le=1000)]
+    half_life_seconds: Positive
+    neighbours_max: Annotated[int, Field(gt=0, le=10_000)]
+    pairs_max: Positive
+    users_max: Positive
+
+
 class CandidateSettings(_Section):
     """The candidate service."""
 
@@ -116,10 +131,23 @@ class CandidateSettings(_Section):
     admin_port: Port
     worker_threads: Positive
     queue_max: Positive
-    quotas: dict[str, Annotated[int, Field(ge=0, le=2000)]]
-    item_to_item_seeds: Positive
+    quotas: dict[SourceName, Annotated[int, Field(ge=0, le=2000)]]
+    source_budget_ms: dict[SourceName, PositiveMs]
+    item_to_item_seeds: Annotated[int, Field(gt=0, le=100)]
     exact_max_items: Positive
     encode_batch_users: Annotated[int, Field(gt=0, le=1000)]
+    co_visitation: CoVisitationSettings
+
+    @model_validator(mode="after")
+    def _sources_are_complete(self) -> "CandidateSettings":
+        missing = [
+            name for name in get_args(SourceName) if name not in self.quotas or name not in self.source_budget_ms
+        ]
+        if missing:
+            raise ValueError(f"quotas and source_budget_ms name every source; {missing[0]} is missing (quota 0 = off)")
+        if not any(self.quotas.values()):
+            raise ValueError("at least one source needs a quota above 0")
+        return self
 
 
 class RankerSettings(_Section):

@@ -1,25 +1,20 @@
 """Keeps a catalogue of a replica fresh: follows the items and item-stats topics, from what its bundle includes.
 
 Used by candidate, ranker and serving, each with a target of its own behind it. Invariant: a target has one writer, the
-feed's thread; messages come in the order of their partitions, those that cannot be read are counted and left out, and
-Kafka being away delays news and never ends the service.
+feed's thread (core/feed.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 from core.bundle import Manifest
-from core.clock import Clock, SystemClock
+from core.clock import Clock
 from core.codec import check_item, decode
-from core.errors import MalformedEventError
-from core.kafka import Record, TopicFollower
+from core.feed import TopicFeed
+from core.kafka import Record, StartOffsets
 from core.settings import Settings
-from core.telemetry import get_logger
 from core.topics import Topics
 from headrace.v1.events_pb2 import Item, ItemStats
-
-_log = get_logger("catalog_feed")
-_WAIT_SECONDS = 0.05
 
 
 class CatalogTarget(Protocol):
@@ -32,7 +27,7 @@ class CatalogTarget(Protocol):
     def put_stats(self, stats: ItemStats) -> None: ...
 
 
-class CatalogFeed:
+class CatalogFeed(TopicFeed):
     """Applies the topics to one target, on a thread of its own.
 
     Args:
@@ -52,45 +47,15 @@ class CatalogFeed:
         on_applied: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
     ) -> None:
-        self._target, self._on_malformed, self._on_applied = target, on_malformed, on_applied
+        self._target, self._on_applied = target, on_applied
         self._topics = Topics(settings.kafka.topic_prefix)
         followed = (self._topics.items, self._topics.item_stats)
-        self._follower = TopicFollower(settings.kafka, followed, self.apply, _start_offsets(manifest, settings))
-        self._clock = clock or SystemClock()
-        self._heard_at = self._clock.monotonic()
+        super().__init__(settings.kafka, followed, _start_offsets(manifest, settings), on_malformed, clock)
 
-    def start(self) -> None:
-        self._heard_at = self._clock.monotonic()
-        self._follower.start()
+    def apply_one(self, record: Record) -> None:
+        apply_record(record, self._topics, self._target)
 
-    def stop(self) -> None:
-        self._follower.stop()
-
-    @property
-    def has_caught_up(self) -> bool:
-        """Whether everything that was in the topics at the start is applied."""
-        return self._follower.caught_up.is_set()
-
-    def wait(self, timeout_seconds: float) -> bool:
-        """`has_caught_up`, within the time given."""
-        return self._follower.caught_up.wait(timeout_seconds)
-
-    def catch_up(self, away_seconds: float, is_stopping: Callable[[], bool] = lambda: False) -> bool:
-        """Waits until `has_caught_up`; False where Kafka is away (nothing comes for so long), or on stopping."""
-        while not self.wait(_WAIT_SECONDS):
-            if is_stopping() or self._clock.monotonic() - self._heard_at > away_seconds:
-                return False
-        return True
-
-    def apply(self, records: list[Record]) -> None:
-        """Applies messages in order."""
-        self._heard_at = self._clock.monotonic()
-        for record in records:
-            try:
-                apply_record(record, self._topics, self._target)
-            except MalformedEventError as error:
-                self._on_malformed(record.topic)
-                _log.warning("left out", topic=record.topic, offset=record.offset, problem=str(error))
+    def batch_applied(self, count: int) -> None:  # noqa: ARG002
         self._on_applied()
 
 
@@ -109,7 +74,7 @@ def apply_record(record: Record, topics: Topics, target: CatalogTarget) -> None:
             target.put_stats(stats)
 
 
-def _start_offsets(manifest: Manifest, settings: Settings) -> Mapping[tuple[str, int], int]:
+def _start_offsets(manifest: Manifest, settings: Settings) -> StartOffsets:
     """Where to begin: behind what the bundle includes, if it was made from this very log."""
     if manifest.log_id != settings.kafka.log_id:
         return {}

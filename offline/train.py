@@ -31,6 +31,7 @@ from features.stores.erasures import UnerasedLog
 from features.stores.event_log import EventLog
 from headrace.v1.events_pb2 import Item
 from offline.batch_scores import write_batch_scores
+from offline.co_visitation import learn_co_visitation
 from offline.logs import log_fingerprint, open_log, read_items
 from offline.models import Models, read_item_vectors
 from offline.popularity import popularity_lists
@@ -41,7 +42,7 @@ from offline.training.towers import TrainedTowers, train_towers
 from ranker.model import load_ranker
 
 # Raise it when a step writes something else from the same data and settings.
-FORMAT = 1
+FORMAT = 2
 _WORK = ".training"
 _DONE = "done.json"
 _TOWERS_FILES = (names.TOWERS, names.TOWERS_CONFIG, names.ITEM_VECTORS)
@@ -117,7 +118,13 @@ def train(
 def training_key(log: EventLog, settings: Settings, before_ms: int | None) -> str:
     """Hash of all that a bundle is made of: data, settings, formats."""
     digest = hashlib.blake2b(digest_size=16)
-    sections = (settings.features, settings.offline, settings.serving.blend_weights, settings.candidate.exact_max_items)
+    sections = (
+        settings.features,
+        settings.offline,
+        settings.serving.blend_weights,
+        settings.candidate.exact_max_items,
+        settings.candidate.co_visitation,
+    )
     dumped = [part.model_dump(mode="json") if hasattr(part, "model_dump") else part for part in sections]
     versions = (FORMAT, names.FORMAT, TOWERS_FORMAT, windows.ENCODING, vectors.SIGNATURE)
     digest.update(json.dumps([versions, dumped], sort_keys=True).encode())
@@ -154,7 +161,7 @@ class _Run:
 
     def release(self, towers: TrainedTowers) -> tuple[Path, int]:
         """Puts all files of the bundle into one folder; returns it and the data's watermark."""
-        self._reporter.say("index, statistics, popularity, batch scores")
+        self._reporter.say("index, statistics, co-visitation, popularity, batch scores")
         folder = self._work / "release"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -173,6 +180,7 @@ class _Run:
         write_delimited(folder / names.ITEMS, self.items)
         known = {item.item_id for item in self.items}
         write_delimited(folder / names.ITEM_STATS, (s for s in replay.placed_stats() if s.item_id in known))
+        learn_co_visitation(self._log, self._settings, now_ms, self._before_ms).save(folder)
         _write_json(folder / names.POPULARITY, popularity_lists(replay, now_ms, self._settings))
         _write_json(folder / names.BLEND, {"weights": self._settings.serving.blend_weights})
         _write_json(folder / names.RULES, {})

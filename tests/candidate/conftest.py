@@ -14,11 +14,13 @@ from core.codec import from_ms
 from core.settings import Settings, load_settings
 from features import item_stats, windows
 from features.item_stats import ItemPartial
-from features.stores.event_log import EventLog, user_events
+from features.stores.erasures import UnerasedLog
+from features.stores.event_log import user_events
 from features.stores.event_rows import EVENTS, ITEMS, to_table
 from features.transforms import stable_hash
 from features.windows import UserEvent, UserState
 from headrace.v1.events_pb2 import Event, Item
+from offline.co_visitation import learn_co_visitation
 from offline.training.towers import TrainedTowers, train_towers
 
 T0_MS = 1_700_000_000_000
@@ -34,7 +36,7 @@ def genre_item(item_id: str, genre: str, **more: object) -> Item:
 @dataclass(frozen=True)
 class World:
     settings: Settings
-    log: EventLog
+    log: UnerasedLog
     items: list[Item]
     trained: TrainedTowers
     bundle: ReleaseBundle
@@ -87,7 +89,7 @@ def music(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> World
                     categories=[genre],
                 )
             )
-    log = EventLog(root / "log")
+    log = UnerasedLog(root / "log")
     log.write(ITEMS, to_table(ITEMS, items), "items")
     log.write(EVENTS, to_table(EVENTS, events), "events")
     items = list(log.items())
@@ -102,7 +104,7 @@ def publish_bundle(
     work: Path,
     items: list[Item],
     trained: TrainedTowers,
-    log: EventLog,
+    log: UnerasedLog,
     settings: Settings,
 ) -> ReleaseBundle:
     staged = staging_folder(registry, version)
@@ -116,7 +118,12 @@ def publish_bundle(
     write_delimited(staged / names.ITEM_STATS, stats)
     embedding_version = trained.towers.embedding_version
     index = ItemIndex.build(trained.item_vectors, np.arange(len(items)), 1000, embedding_version)
+<<<<<<< HEAD
     save_index(index, staged / names.INDEX)
+=======
+    index.save(staged / names.INDEX)
+    learn_co_visitation(log, settings, T0_MS + EVENTS_PER_USER * HOUR_MS).save(staged)
+>>>>>>> 98a7280 (feat(candidate): co-visitation learnt from the stream, as a source of its own)
     dimension = trained.item_vectors.shape[1]
     manifest = Manifest(version, embedding_version, f"i-{version}", "", "", T0_MS, T0_MS, dimension, len(items))
     return publish(registry, staged, replace(manifest, log_id="test"))

@@ -14,24 +14,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
 import pytest
 
 from core.bundle import promote_version
+from core.codec import from_ms
 from core.grpc_runtime import blocking_channel
 from core.kafka import KafkaProducer
 from core.settings import Settings, load_settings
+from core.topics import Topics
 from devstack.addresses import with_values
 from devstack.kafka_broker import FETCH_WAIT_MAX_MS, broker_spec, read_announcement
 from devstack.supervisor import Supervisor
 from devstack.topics import ensure_topics
+from features import windows
+from features.windows import UserEvent, UserState
 from headrace.v1.candidate_service_pb2 import GetIndexInfoRequest, RetrieveCandidatesRequest
 from headrace.v1.candidate_service_pb2_grpc import CandidateServiceStub
-from headrace.v1.events_pb2 import Item
+from headrace.v1.events_pb2 import Event, Feedback, Item
 from headrace.v1.types_pb2 import ItemFilter
 
 if TYPE_CHECKING:
     from conftest import World
 
+T0_MS = 1_700_000_000_000
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
 
@@ -141,6 +147,61 @@ def test_items_come_and_go_within_a_second(music: World, kafka: Settings) -> Non
         producer.close()
         code, errors = candidate.stop()
     assert code == 0, errors
+
+
+def test_replicas_learn_the_same_pairs_whenever_they_start(music: World, kafka: Settings) -> None:
+    """One reads the events as they come, the other comes later and reads what is there."""
+    variables = kafka_variables(kafka)
+    early = Candidate(music.registry, variables)
+    producer = KafkaProducer(kafka.kafka)
+    candidates, channels = [early], [blocking_channel(f"127.0.0.1:{early.port}")]
+    rng = np.random.default_rng(2)
+    topics = Topics(kafka.kafka.topic_prefix)
+    state = UserState()
+    windows.apply(state, [UserEvent("u", 1, "jazz-1", "click", T0_MS)], kafka.features)
+    now_ms = time.time_ns() // 1_000_000
+    request = RetrieveCandidatesRequest(
+        user_id="u",
+        num_candidates=50,
+        state=windows.encode(state),
+        source_quotas={"co_visitation": 50},
+        context={"as_of_time": from_ms(now_ms)},
+    )
+
+    def found(connection: grpc.Channel) -> list[tuple[str, float]]:
+        response = CandidateServiceStub(connection).RetrieveCandidates(request, timeout=5)
+        return [(candidate.item_id, round(candidate.score, 6)) for candidate in response.candidates]
+
+    def send(kind: type[Event] | type[Feedback], event_id: str, user_id: str, item_id: str) -> None:
+        message = kind(event_id=event_id, user_id=user_id, item_id=item_id, kind="click", event_time=from_ms(now_ms))
+        topic = topics.events if kind is Event else topics.feedback
+        producer.send(topic, user_id.encode(), message.SerializeToString()).result(10)
+
+    try:
+        until(early.ready, 60)
+        before = found(channels[0])
+        for n in range(300):
+            item_id = f"metal-{rng.integers(20)}" if n % 2 else "jazz-1"
+            kind = Event if n % 3 else Feedback
+            for _ in range(1 + n % 2):
+                send(kind, f"e{n}", f"user-{n // 4 % 12}", item_id)
+        producer.post(topics.events, b"x", b"\xff broken")
+        send(Event, "last", "somebody", "jazz-1")
+        send(Event, "last of all", "somebody", "techno-19")
+        until(lambda: "techno-19" in dict(found(channels[0])), 10)
+        candidates.append(Candidate(music.registry, variables))
+        channels.append(blocking_channel(f"127.0.0.1:{candidates[1].port}"))
+        until(candidates[1].ready, 60)
+        # The topics have no order between them: the one that was there early may hear the rest a moment later.
+        until(lambda: found(channels[0]) == found(channels[1]), 10)
+        assert found(channels[1]) != before
+        assert sum(item_id.startswith("metal") for item_id, _ in found(channels[1])) == 20
+    finally:
+        for connection in channels:
+            connection.close()
+        producer.close()
+        ends = [candidate.stop() for candidate in candidates]
+    assert all(code == 0 for code, _ in ends), ends
 
 
 def test_it_serves_without_kafka_and_swaps_to_the_promoted_bundle(music: World, tmp_path: Path) -> None:

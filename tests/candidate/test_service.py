@@ -38,7 +38,7 @@ from headrace.v1.candidate_service_pb2 import (
     UserToEncode,
 )
 from headrace.v1.candidate_service_pb2_grpc import CandidateServiceStub, add_CandidateServiceServicer_to_server
-from headrace.v1.events_pb2 import Item
+from headrace.v1.events_pb2 import Event, Item
 from headrace.v1.types_pb2 import ItemFilter, LabelMatch, NumberRange
 
 if TYPE_CHECKING:
@@ -56,10 +56,17 @@ class Running:
     settings: Settings
 
     def put(self, item: Item) -> None:
-        self.snapshots.feed.apply([self._record(item.item_id, item.SerializeToString())])
+        self.snapshots.feeds.catalog.apply([self._record(item.item_id, item.SerializeToString())])
 
     def remove(self, item_id: str) -> None:
-        self.snapshots.feed.apply([self._record(item_id, None)])
+        self.snapshots.feeds.catalog.apply([self._record(item_id, None)])
+
+    def tell(self, offset: int, event: Event) -> None:
+        """One message of the events topic."""
+        assert self.snapshots.feeds.events is not None
+        topic = Topics(self.settings.kafka.topic_prefix).events
+        self.snapshots.feeds.events.resume()
+        self.snapshots.feeds.events.apply([Record(topic, b"u", event.SerializeToString(), None, 0, offset)])
 
     def _record(self, item_id: str, value: bytes | None) -> Record:
         topic = Topics(self.settings.kafka.topic_prefix).items
@@ -109,7 +116,7 @@ async def test_candidates_follow_the_taste_and_say_where_they_come_from(running:
     assert response.index_version == "i-v1"
     assert not response.missing_sources
     sources = {p.source for candidate in response.candidates for p in candidate.provenance}
-    assert sources == {"ann", "item_to_item", "trending", "new"}
+    assert sources == {"ann", "item_to_item", "co_visitation", "trending", "new"}
 
 
 async def test_a_user_without_history_gets_what_trends_and_what_is_new(running: Running) -> None:
@@ -185,6 +192,31 @@ async def test_a_new_item_is_found_by_its_content_and_a_removed_one_is_gone(
     assert "techno-5" not in ids(await running.retrieve(state, filter=ItemFilter(categories_any=["techno"])))
 
 
+async def test_items_that_go_together_are_learnt_from_events(running: Running, state_of: StateOf) -> None:
+    """Items of two genres, so that no vector could know."""
+    running.put(Item(item_id="encore", title="opera record", categories=["opera"]))
+    now_ms = time.time_ns() // 1_000_000
+    for n in range(40):
+        for step, item_id in enumerate(("jazz-1", "encore")):
+            at = from_ms(now_ms + step)
+            running.tell(
+                2 * n + step,
+                Event(event_id=f"{n}/{step}", user_id=f"v{n}", item_id=item_id, kind="click", event_time=at),
+            )
+    response = await running.retrieve(state_of("jazz-1"), source_quotas={"co_visitation": 10})
+    assert ids(response)[0] == "encore"
+    (first,) = response.candidates[0].provenance
+    assert (first.source, first.rank) == ("co_visitation", 0)
+    assert 0 < first.score < 1
+    assert "encore" not in ids(
+        await running.retrieve(
+            state_of("jazz-1"),
+            source_quotas={"co_visitation": 10},
+            filter=ItemFilter(exclude_item_ids=["encore"]),
+        )
+    )
+
+
 async def test_items_outside_their_time_are_not_retrieved(running: Running, state_of: StateOf) -> None:
     state, now_ms = state_of("techno-1"), time.time_ns() // 1_000_000
     techno = ItemFilter(categories_any=["techno"])
@@ -200,7 +232,7 @@ async def test_broken_messages_are_left_out_and_the_rest_applied(running: Runnin
     topic = Topics(running.settings.kafka.topic_prefix).items
     broken = Record(topic, b"x", b"\xff\xff\xff", None, 0, 0)
     good = Record(topic, b"good", Item(item_id="good", categories=["jazz"]).SerializeToString(), None, 0, 1)
-    running.snapshots.feed.apply([broken, good])
+    running.snapshots.feeds.catalog.apply([broken, good])
     assert running.snapshots.current.catalog.row("good") >= 0
 
 
