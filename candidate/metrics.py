@@ -8,6 +8,7 @@ from core.telemetry import counter, gauge, histogram_ms
 request_ms = histogram_ms("candidate", "request_ms", "Time of a call, from the handler's start.", ("method",))
 refused = counter("candidate", "refused", "Calls that were refused or given up.", ("method", "reason"))
 source_ms = histogram_ms("candidate", "source_ms", "Time that a source took.", ("source",))
+sources_missing = counter("candidate", "sources_missing", "Times that a source was left out.", ("source", "reason"))
 encoded_users = counter("candidate", "encoded_users", "Users encoded.", ("method",))
 index_items = gauge("candidate", "index_items", "Vectors in the index.", ("part",))
 items_applied = counter("candidate", "items_applied", "Items learnt from the items topic.", ("change",))

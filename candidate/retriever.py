@@ -14,9 +14,12 @@ import numpy.typing as npt
 from candidate import metrics
 from candidate.attributes import Mask, rows_mask
 from candidate.executor import Job
+from candidate.explain import Answered, probe
+from candidate.merging import merge, scaled_quotas
+from candidate.reply import fill_columns, fill_messages
 from candidate.requests import decode_state, embedding_of
 from candidate.snapshot import Snapshot
-from candidate.sources import CandidateSource, Hits, Merged, Query, merge, scaled_quotas
+from candidate.sources import CandidateSource, Hits, Query
 from core.clock import Clock
 from core.codec import to_ms
 from core.errors import StageTimeoutError
@@ -25,9 +28,6 @@ from core.telemetry import get_logger
 from features import windows
 from features.windows import UserState
 from headrace.v1.candidate_service_pb2 import (
-    Candidate,
-    CandidateProbe,
-    CandidateProvenance,
     EncodedUser,
     EncodeUsersRequest,
     EncodeUsersResponse,
@@ -54,6 +54,7 @@ class Retriever:
         self._settings = settings
         self._positive = frozenset(settings.features.positive_kinds)
         self._sources = sources
+        self._budget_ms = {str(name): budget for name, budget in settings.candidate.source_budget_ms.items()}
         self._default_quotas: Mapping[str, int] = {str(k): v for k, v in settings.candidate.quotas.items()}
         self._clock = clock
 
@@ -67,23 +68,26 @@ class Retriever:
         now_ms = to_ms(request.context.as_of_time) if request.context.HasField("as_of_time") else self._clock.now_ms()
         user = self._user(request, snapshot)
         masks = self._masks(request, snapshot, user.state, now_ms)
-        allowed = np.logical_and.reduce([mask.passing for mask in masks])
-        recent = windows.recent_items(user.state, self._positive)[: self._settings.candidate.item_to_item_seeds]
-        seeds = snapshot.catalog.rows(recent).astype(np.int64)
-        seeds = seeds[(seeds >= 0) & (seeds < len(snapshot.vectors))]
-        query = Query(user.vector, seeds, allowed, now_ms)
+        query = self._query(snapshot, user, masks, now_ms)
         quotas = self._quotas(request, query)
         hits, missing = self._fan_out(snapshot, query, quotas, job)
         merged = merge(hits, quotas, request.num_candidates)
-        return RetrieveCandidatesResponse(
-            candidates=_candidates(merged, snapshot),
+        response = RetrieveCandidatesResponse(
             index_version=snapshot.manifest.index_version,
             embedding_version=snapshot.embedding_version,
             bundle_version=snapshot.manifest.bundle_version,
             encoded_on_the_spot=user.was_encoded,
             missing_sources=missing,
-            probes=[_probe(item_id, snapshot, user, masks, merged, hits) for item_id in request.probe_item_ids],
         )
+        if request.columns:
+            fill_columns(response, merged, snapshot)
+        else:
+            fill_messages(response, merged, snapshot)
+        answered = Answered(snapshot, query, masks, self._sources, quotas, hits, missing, merged)
+        for item_id in request.probe_item_ids:
+            job.check()
+            response.probes.append(probe(item_id, answered))
+        return response
 
     def encode(self, request: EncodeUsersRequest, snapshot: Snapshot, job: Job) -> EncodeUsersResponse:
         """Vectors of checked users, a batch at a time; stops between batches where the call is over."""
@@ -123,6 +127,12 @@ class Retriever:
             masks.append(Mask("exclude_seen", ~rows_mask(seen, len(servable))))
         return masks
 
+    def _query(self, snapshot: Snapshot, user: _User, masks: list[Mask], now_ms: int) -> Query:
+        allowed = masks[0].passing if len(masks) == 1 else np.logical_and.reduce([mask.passing for mask in masks])
+        recent = windows.recent_items(user.state, self._positive)[: self._settings.candidate.item_to_item_seeds]
+        seeds = snapshot.catalog.rows(recent).astype(np.int64)
+        return Query(user.vector, seeds[(seeds >= 0) & (seeds < len(snapshot.vectors))], allowed, now_ms)
+
     def _quotas(self, request: RetrieveCandidatesRequest, query: Query) -> dict[str, int]:
         if request.source_quotas:
             return {source.name: request.source_quotas.get(source.name, 0) for source in self._sources}
@@ -142,56 +152,18 @@ class Retriever:
             quota = quotas.get(source.name, 0)
             if quota <= 0:
                 continue
-            if job.is_over:
+            if job.is_over or job.deadline.remaining_ms() < self._budget_ms.get(source.name, 0.0):
                 missing.append(source.name)
+                metrics.sources_missing.labels(source.name, "late").inc()
                 continue
             started = time.perf_counter()
             try:
                 hits[source.name] = source.retrieve(snapshot, query, quota)
             except Exception as error:  # noqa: BLE001 - one source's fault must not cost the others
                 missing.append(source.name)
+                metrics.sources_missing.labels(source.name, "failed").inc()
                 _log.error("a source failed", source=source.name, error=repr(error))
             metrics.source_ms.labels(source.name).observe((time.perf_counter() - started) * 1000)
         if missing and not hits:
             raise StageTimeoutError("candidate", f"no source answered in time ({', '.join(missing)})")
         return hits, missing
-
-
-def _candidates(merged: list[Merged], snapshot: Snapshot) -> list[Candidate]:
-    ids = snapshot.catalog.item_ids
-    return [
-        Candidate(
-            item_id=ids[candidate.row],
-            score=candidate.score,
-            provenance=[
-                CandidateProvenance(source=part.source, score=part.score, rank=part.rank)
-                for part in candidate.proposals
-            ],
-        )
-        for candidate in merged
-    ]
-
-
-def _probe(
-    item_id: str, snapshot: Snapshot, user: _User, masks: list[Mask], merged: list[Merged], hits: dict[str, Hits]
-) -> CandidateProbe:
-    """Where one item stands: its exact rank among all items, and what let it in or kept it out."""
-    row = snapshot.catalog.row(item_id)
-    if row < 0:
-        return CandidateProbe(item_id=item_id, known=False, decided_by="unknown item")
-    probe = CandidateProbe(item_id=item_id, known=True)
-    if user.vector is not None and row < len(snapshot.vectors):
-        scores = snapshot.vectors[: len(snapshot.catalog)] @ user.vector
-        probe.exact_score = float(scores[row])
-        probe.exact_rank = int((scores > scores[row]).sum())
-    chosen = next((candidate for candidate in merged if candidate.row == row), None)
-    blocked = [mask.name for mask in masks if row >= len(mask.passing) or not mask.passing[row]]
-    if chosen is not None:
-        probe.decided_by = "source " + ", ".join(f"{part.source} (rank {part.rank})" for part in chosen.proposals)
-    elif blocked:
-        probe.decided_by = blocked[0]
-    elif any(row in hit.rows for hit in hits.values()):
-        probe.decided_by = "num_candidates: other candidates took their turn first"
-    else:
-        probe.decided_by = "quota: no source had it among its first"
-    return probe

@@ -1,19 +1,18 @@
-"""Candidate sources: each brings some items for a user, with a score and in its own order; then they are merged.
+"""Candidate sources: each brings some items for a user, with a score and in its own order.
 
-Called by the retriever. A new source is a class with `name` and `retrieve`, its name in features.vectors.SOURCES and
-a quota in the settings. Invariant: a source returns only rows that are allowed, each once, best first; the names, the
-scores and "best score wins" are those that the ranker was trained with.
+Called by the retriever, merged by candidate/merging.py; README.md beside this file tells them all. A new source is a
+class with `name`, `retrieve` and `place`, its name in features.vectors.SOURCES and core.settings.SourceName, and a
+quota in the settings. Invariant: a source returns only rows that are allowed, each once, best first; the names and the
+scores are those that the ranker was trained with.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from candidate.snapshot import Snapshot
-from features.vectors import SOURCES
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -46,6 +45,13 @@ class Hits(NamedTuple):
     scores: Floats
 
 
+class Place(NamedTuple):
+    """An item's place in a source's order: 0 = first."""
+
+    rank: int
+    score: float
+
+
 NOTHING = Hits(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
@@ -61,6 +67,10 @@ class CandidateSource(Protocol):
         """At most `quota` items."""
         ...
 
+    def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
+        """Where an item stands among all that are allowed, exactly; None where this source cannot bring it."""
+        ...
+
 
 class AnnSource:
     """Items whose vectors are nearest to the user's. Scores are cosines."""
@@ -72,6 +82,11 @@ class AnnSource:
             return NOTHING
         rows, scores = snapshot.index.search(query.user_vector[None, :], quota, query.allowed)
         return Hits(rows[0][rows[0] >= 0], scores[0][rows[0] >= 0])
+
+    def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
+        if query.user_vector is None or not snapshot.vectors[row].any():
+            return None
+        return _place(snapshot.vectors @ query.user_vector, query.allowed, row)
 
 
 class ItemToItemSource:
@@ -87,6 +102,12 @@ class ItemToItemSource:
         rows, scores = snapshot.index.search(vectors, quota, query.allowed)
         return _best_of(rows.ravel(), scores.ravel(), quota)
 
+    def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
+        seeds = snapshot.vectors[query.seeds]
+        if not seeds.any() or not snapshot.vectors[row].any():
+            return None
+        return _place((seeds @ snapshot.vectors.T).max(axis=0), query.allowed, row)
+
 
 class CoVisitationSource:
     """Items that the same users met together with one of the user's last items. The score is the similarity, 0..1."""
@@ -94,6 +115,8 @@ class CoVisitationSource:
     name = "co_visitation"
 
     def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
+        if not len(query.seeds):
+            return NOTHING
         ids = snapshot.catalog.item_ids
         names, similarity = snapshot.co_visitation.similar([ids[row] for row in query.seeds.tolist()], query.now_ms)
         rows = snapshot.catalog.rows(names).astype(np.int64)
@@ -102,6 +125,11 @@ class CoVisitationSource:
         # Ties by the catalogue's order, which replicas of a bundle share.
         best = known[np.lexsort((rows[known], -similarity[known]))[:quota]]
         return Hits(rows[best], similarity[best].astype(np.float32))
+
+    def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
+        hits = self.retrieve(snapshot, query, len(query.allowed))
+        at = np.flatnonzero(hits.rows == row)
+        return Place(int(at[0]), float(hits.scores[at[0]])) if len(at) else None
 
 
 class TrendingSource:
@@ -122,6 +150,14 @@ class TrendingSource:
         values = popularity[rows]
         return Hits(rows, np.exp2(values - values[0]).astype(np.float32))
 
+    def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
+        popularity: Doubles = snapshot.catalog.column("log2_popularity")[:, 0]
+        place = _place(popularity, query.allowed, row)
+        if place is None:
+            return None
+        first = popularity[np.flatnonzero(query.allowed[: len(popularity)])].max()
+        return Place(place.rank, float(np.exp2(popularity[row] - first)))
+
 
 class NewSource:
     """The items published last. Their score is 0: nothing is known of them yet."""
@@ -132,11 +168,26 @@ class NewSource:
         self._order = _Order()
 
     def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
-        publish_ms = snapshot.catalog.column("publish_ms")
-        values = np.where(publish_ms > 0, publish_ms.astype(np.float64), -np.inf)
         key = (id(snapshot), snapshot.items_revision)
-        rows = self._order.take(key, query.now_ms, values, query.allowed, quota)
+        rows = self._order.take(key, query.now_ms, _publish_times(snapshot), query.allowed, quota)
         return Hits(rows, np.zeros(len(rows), np.float32))
+
+    def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
+        place = _place(_publish_times(snapshot), query.allowed, row)
+        return None if place is None else Place(place.rank, 0.0)
+
+
+def _publish_times(snapshot: Snapshot) -> Doubles:
+    publish_ms = snapshot.catalog.column("publish_ms")
+    return np.where(publish_ms > 0, publish_ms.astype(np.float64), -np.inf)
+
+
+def _place(values: npt.NDArray[np.floating[Any]], allowed: Bools, row: int) -> Place | None:
+    """Place of a row by its value among the allowed ones, the row itself being one of them."""
+    count = min(len(values), len(allowed))
+    if row >= count or not allowed[row] or values[row] == -np.inf:
+        return None
+    return Place(int(np.count_nonzero(values[:count][allowed[:count]] > values[row])), float(values[row]))
 
 
 class _Order:
@@ -178,46 +229,3 @@ def _best_of(rows: Rows, scores: Floats, quota: int) -> Hits:
     _, first = np.unique(rows[order], return_index=True)
     chosen = order[np.sort(first)][:quota]
     return Hits(rows[chosen], scores[chosen])
-
-
-class Proposal(NamedTuple):
-    """One source's word for one item."""
-
-    source: str
-    score: float
-    rank: int
-
-
-class Merged(NamedTuple):
-    """A candidate: its best score, and every source that proposed it."""
-
-    row: int
-    score: float
-    proposals: tuple[Proposal, ...]
-
-
-def merge(hits: Mapping[str, Hits], quotas: Mapping[str, int], limit: int) -> list[Merged]:
-    """Merges what the sources brought, each item once, at most `limit` of them.
-
-    Sources take turns in proportion to their quotas: an item's turn is rank / quota at the source where that is least.
-    So where the limit is below the sum of the quotas, each source keeps about its share.
-    """
-    turns: dict[int, float] = {}
-    proposals: dict[int, list[Proposal]] = {}
-    for source in sorted(hits, key=SOURCES.index):
-        rows, scores = hits[source]
-        quota = max(1, quotas.get(source, 0))
-        for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
-            turn = rank / quota
-            turns[row] = min(turns.get(row, turn), turn)
-            proposals.setdefault(row, []).append(Proposal(source, score, rank))
-    ordered = sorted(turns, key=turns.__getitem__)[:limit]
-    return [Merged(row, max(part.score for part in proposals[row]), tuple(proposals[row])) for row in ordered]
-
-
-def scaled_quotas(quotas: Mapping[str, int], running: Sequence[str], wanted: int) -> dict[str, int]:
-    """The settings' quotas of the sources that can bring something, raised together until they can fill `wanted`."""
-    chosen = {name: quotas.get(name, 0) for name in running}
-    total = sum(chosen.values())
-    factor = max(1.0, wanted / total) if total else 1.0
-    return {name: min(wanted, round(quota * factor + 0.5) if quota else 0) for name, quota in chosen.items()}

@@ -66,6 +66,7 @@ class MergingRetriever:
             context=query.request.context,
             segment=user.segment,
             probe_item_ids=[query.probe_item_id] if query.probe_item_id else [],
+            columns=True,
         )
 
 
@@ -79,16 +80,17 @@ class _Merger:
 
     def add_response(self, response: RetrieveCandidatesResponse) -> None:
         """Adds what the candidate service found; to be called first."""
-        bit_of = SOURCE_BIT.get
-        rows = self._catalog.rows(candidate.item_id for candidate in response.candidates).tolist()
-        for row, candidate in zip(rows, response.candidates, strict=True):
-            if row < 0:
-                continue  # upserted a moment ago, not here yet: it has no title and no known availability
-            fused, bits = 0.0, 0
-            for proposal in candidate.provenance:
-                fused += 1.0 / (_FUSION + proposal.rank)
-                bits |= bit_of(proposal.source, 0)
-            self._entries[row] = (candidate.score, fused, 0.0, bits)
+        count = len(response.item_ids)
+        fused, bits = np.zeros(count), np.zeros(count, np.int32)
+        for part in response.proposals:
+            at = np.array(part.candidates, np.intp)
+            fused[at] += 1.0 / (_FUSION + np.array(part.ranks))
+            bits[at] |= SOURCE_BIT.get(part.source, 0)
+        columns = (self._catalog.rows(response.item_ids).tolist(), response.scores, fused.tolist(), bits.tolist())
+        for row, score, fused_score, source_bits in zip(*columns, strict=True):
+            # A row below 0: upserted a moment ago, not here yet; it has no title and no known availability.
+            if row >= 0:
+                self._entries[row] = (score, fused_score, 0.0, source_bits)
 
     def add_batch(self, user: UserFeatures) -> None:
         batch = SOURCE_BIT["batch"]

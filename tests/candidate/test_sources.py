@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from candidate.sources import Hits, merge, scaled_quotas
+from candidate.merging import merge, scaled_quotas
+from candidate.sources import Hits
 
-NAMES = ("ann", "item_to_item", "trending", "new")
+NAMES = ("ann", "item_to_item", "co_visitation", "trending", "new")
 
 
 def hits(*rows: int, start: float = 1.0) -> Hits:
@@ -23,28 +24,45 @@ sources = st.dictionaries(
 def test_every_candidate_comes_once_with_all_who_proposed_it(found: dict[str, Hits], limit: int) -> None:
     merged = merge(found, dict.fromkeys(NAMES, 10), limit)
     everything = {row for hit in found.values() for row in hit.rows.tolist()}
-    rows = [candidate.row for candidate in merged]
+    rows = merged.rows.tolist()
     assert len(rows) == len(set(rows)) == min(limit, len(everything))
     assert set(rows) <= everything
-    for candidate in merged:
-        proposers = {name for name, hit in found.items() if candidate.row in hit.rows}
-        assert {part.source for part in candidate.proposals} == proposers
-        assert candidate.score == max(part.score for part in candidate.proposals)
-        for part in candidate.proposals:
-            assert found[part.source].rows[part.rank] == candidate.row
+    proposed = {
+        (name, rows[at], rank): score
+        for name, part in merged.proposals.items()
+        for at, score, rank in zip(part.at.tolist(), part.scores.tolist(), part.ranks.tolist(), strict=True)
+    }
+    assert proposed == {
+        (name, row, rank): score
+        for name, hit in found.items()
+        for rank, (row, score) in enumerate(zip(hit.rows.tolist(), hit.scores.tolist(), strict=True))
+        if row in rows
+    }
+    for row, score in zip(rows, merged.scores.tolist(), strict=True):
+        assert score == max(score_of for (_, of, _), score_of in proposed.items() if of == row)
+
+
+@given(sources, st.integers(1, 100))
+def test_candidates_come_in_the_order_of_their_turns(found: dict[str, Hits], limit: int) -> None:
+    quotas = {name: 5 + 10 * place for place, name in enumerate(NAMES)}
+    turn = {
+        row: min(hit.rows.tolist().index(row) / quotas[name] for name, hit in found.items() if row in hit.rows)
+        for row in {row for hit in found.values() for row in hit.rows.tolist()}
+    }
+    turns = [turn[row] for row in merge(found, quotas, limit).rows.tolist()]
+    assert turns == sorted(turn.values())[:limit]
 
 
 def test_under_a_low_limit_each_source_keeps_its_share() -> None:
     found = {"ann": hits(*range(400)), "trending": hits(*range(1000, 1100), start=99.0)}
     merged = merge(found, {"ann": 400, "trending": 100}, 100)
-    from_ann = sum(candidate.row < 1000 for candidate in merged)
+    from_ann = int((merged.rows < 1000).sum())
     assert from_ann == pytest.approx(80, abs=1)
 
 
 def test_the_first_of_each_source_is_always_in() -> None:
     found = {"ann": hits(*range(400)), "new": hits(7000, 7001)}
-    rows = [candidate.row for candidate in merge(found, {"ann": 400, "new": 30}, 2)]
-    assert set(rows) == {0, 7000}
+    assert set(merge(found, {"ann": 400, "new": 30}, 2).rows.tolist()) == {0, 7000}
 
 
 @given(

@@ -128,12 +128,14 @@ class CandidateServer(Neighbour, candidate_grpc.CandidateServiceServicer):
         response = candidate_pb.RetrieveCandidatesResponse(
             index_version="index-1", embedding_version="towers-1", bundle_version=self.bundle_version
         )
-        for rank, n in enumerate([*range(100, 160), *range(180, 185)]):
-            source = "new" if n >= 180 else "ann"
-            candidate = response.candidates.add(item_id=item_id(n), score=1.0 - rank / 100)
-            candidate.provenance.add(source=source, score=candidate.score, rank=rank)
-            if 110 <= n < 130:
-                candidate.provenance.add(source="item_to_item", score=0.5, rank=n - 110)
+        numbers = [*range(100, 160), *range(180, 185)]
+        response.item_ids.extend(item_id(n) for n in numbers)
+        response.scores.extend(1.0 - rank / 100 for rank in range(65))
+        for source, first, end in (("ann", 0, 60), ("new", 60, 65)):
+            places = range(first, end)
+            response.proposals.add(source=source, candidates=places, scores=response.scores[first:end], ranks=places)
+        near = range(10, 30)
+        response.proposals.add(source="item_to_item", candidates=near, scores=[0.5] * 20, ranks=range(20))
         for asked in request.probe_item_ids:
             response.probes.add(item_id=asked, known=True, exact_rank=777, exact_score=0.25, decided_by="quota of ann")
         return response

@@ -56,6 +56,7 @@ class RetrieveCandidatesRequest(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     PROBE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     embedding_version: _builtins.str
     embedding_revision: _builtins.int
@@ -66,6 +67,10 @@ class RetrieveCandidatesRequest(_message.Message):
     exclude_seen: _builtins.bool
     """Leave out what the user has in the state's interactions."""
     segment: _builtins.str
+    columns: _builtins.bool
+    """Answer in columns (`item_ids`, `scores`, `proposals`) instead of `candidates`: the same in a fraction of the time,
+    for callers that read hundreds of candidates many times a second.
+    """
     @_builtins.property
     def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """A stored vector, used where its embedding_version is the service's own and embedding_revision is not
@@ -99,10 +104,11 @@ class RetrieveCandidatesRequest(_message.Message):
         context: _types_pb2.Context | None = ...,
         probe_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         segment: _builtins.str = ...,
+        columns: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embedding", b"embedding", "embedding_revision", b"embedding_revision", "embedding_version", b"embedding_version", "exclude_seen", b"exclude_seen", "filter", b"filter", "num_candidates", b"num_candidates", "probe_item_ids", b"probe_item_ids", "segment", b"segment", "source_quotas", b"source_quotas", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "context", b"context", "embedding", b"embedding", "embedding_revision", b"embedding_revision", "embedding_version", b"embedding_version", "exclude_seen", b"exclude_seen", "filter", b"filter", "num_candidates", b"num_candidates", "probe_item_ids", b"probe_item_ids", "segment", b"segment", "source_quotas", b"source_quotas", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -163,6 +169,43 @@ class CandidateProvenance(_message.Message):
 Global___CandidateProvenance: _TypeAlias = CandidateProvenance  # noqa: Y015
 
 @_typing.final
+class SourceProposals(_message.Message):
+    """What one source proposed, of the candidates in the answer. All [n], in the source's order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Places in `item_ids`."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """0 = the source's first."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        candidates: _abc.Iterable[_builtins.int] | None = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "ranks", b"ranks", "scores", b"scores", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceProposals: _TypeAlias = SourceProposals  # noqa: Y015
+
+@_typing.final
 class RetrieveCandidatesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -173,19 +216,32 @@ class RetrieveCandidatesResponse(_message.Message):
     ENCODED_ON_THE_SPOT_FIELD_NUMBER: _builtins.int
     MISSING_SOURCES_FIELD_NUMBER: _builtins.int
     PROBES_FIELD_NUMBER: _builtins.int
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    PROPOSALS_FIELD_NUMBER: _builtins.int
     index_version: _builtins.str
     embedding_version: _builtins.str
     bundle_version: _builtins.str
     encoded_on_the_spot: _builtins.bool
     """True where the user was encoded from `state` during this call."""
     @_builtins.property
-    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]: ...
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """Best first. Empty where the request asks for columns."""
+
     @_builtins.property
     def missing_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sources that were late or failed and are missing."""
 
     @_builtins.property
     def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateProbe]: ...
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the request asks for columns: the candidates, best first, and the score of the best source of each; [C], [C]."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def proposals(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceProposals]: ...
     def __init__(
         self,
         *,
@@ -196,10 +252,13 @@ class RetrieveCandidatesResponse(_message.Message):
         encoded_on_the_spot: _builtins.bool = ...,
         missing_sources: _abc.Iterable[_builtins.str] | None = ...,
         probes: _abc.Iterable[Global___CandidateProbe] | None = ...,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        proposals: _abc.Iterable[Global___SourceProposals] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "candidates", b"candidates", "embedding_version", b"embedding_version", "encoded_on_the_spot", b"encoded_on_the_spot", "index_version", b"index_version", "missing_sources", b"missing_sources", "probes", b"probes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "candidates", b"candidates", "embedding_version", b"embedding_version", "encoded_on_the_spot", b"encoded_on_the_spot", "index_version", b"index_version", "item_ids", b"item_ids", "missing_sources", b"missing_sources", "probes", b"probes", "proposals", b"proposals", "scores", b"scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,13 +273,27 @@ class CandidateProbe(_message.Message):
     EXACT_RANK_FIELD_NUMBER: _builtins.int
     EXACT_SCORE_FIELD_NUMBER: _builtins.int
     DECIDED_BY_FIELD_NUMBER: _builtins.int
+    BLOCKED_BY_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     known: _builtins.bool
     exact_rank: _builtins.int
-    """Exact rank and score of the user's vector against all items; absent for unknown items."""
+    """Exact rank (0 = first) and score of the user's vector against all items that may be recommended at the time,
+    whatever the filter; absent for unknown items, and for users of whom no item is known.
+    """
     exact_score: _builtins.float
     decided_by: _builtins.str
     """Source, filter or quota that let it in or kept it out."""
+    @_builtins.property
+    def blocked_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Every part of the filter that it does not pass."""
+
+    @_builtins.property
+    def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateProvenance]:
+        """Its exact place in each source that could have proposed it, among the items that pass the filter, whatever the
+        quota; none where it does not pass.
+        """
+
     def __init__(
         self,
         *,
@@ -229,10 +302,12 @@ class CandidateProbe(_message.Message):
         exact_rank: _builtins.int | None = ...,
         exact_score: _builtins.float | None = ...,
         decided_by: _builtins.str = ...,
+        blocked_by: _abc.Iterable[_builtins.str] | None = ...,
+        places: _abc.Iterable[Global___CandidateProvenance] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exact_rank", b"_exact_rank", "_exact_score", b"_exact_score", "exact_rank", b"exact_rank", "exact_score", b"exact_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_rank", b"_exact_rank", "_exact_score", b"_exact_score", "decided_by", b"decided_by", "exact_rank", b"exact_rank", "exact_score", b"exact_score", "item_id", b"item_id", "known", b"known"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_rank", b"_exact_rank", "_exact_score", b"_exact_score", "blocked_by", b"blocked_by", "decided_by", b"decided_by", "exact_rank", b"exact_rank", "exact_score", b"exact_score", "item_id", b"item_id", "known", b"known", "places", b"places"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exact_rank: _TypeAlias = _typing.Literal["exact_rank"]  # noqa: Y015
     _WhichOneofArgType__exact_rank: _TypeAlias = _typing.Literal["_exact_rank", b"_exact_rank"]  # noqa: Y015
