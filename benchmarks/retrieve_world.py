@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from candidate.history import kind_names
-from candidate.index import ItemIndex
+from candidate.index import ItemIndex, save_index
 from candidate.towers import Towers, TowersConfig, save_towers
 from core import bundle as names
 from core.bundle import Manifest, ReleaseBundle, publish, staging_folder, write_delimited
@@ -65,7 +65,7 @@ def publish_world(registry: Path, count: int, settings: Settings, seed: int = 0)
         ),
     )
     index = ItemIndex.build(vectors, np.arange(count), settings.candidate.exact_max_items, towers.embedding_version)
-    index.save(staged / names.INDEX)
+    save_index(index, staged / names.INDEX)
     manifest = Manifest(
         version, towers.embedding_version, f"i-{version}", "", "", NOW_MS, NOW_MS, vectors.shape[1], count
     )

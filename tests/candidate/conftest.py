@@ -118,12 +118,8 @@ def publish_bundle(
     write_delimited(staged / names.ITEM_STATS, stats)
     embedding_version = trained.towers.embedding_version
     index = ItemIndex.build(trained.item_vectors, np.arange(len(items)), 1000, embedding_version)
-<<<<<<< HEAD
     save_index(index, staged / names.INDEX)
-=======
-    index.save(staged / names.INDEX)
     learn_co_visitation(log, settings, T0_MS + EVENTS_PER_USER * HOUR_MS).save(staged)
->>>>>>> 98a7280 (feat(candidate): co-visitation learnt from the stream, as a source of its own)
     dimension = trained.item_vectors.shape[1]
     manifest = Manifest(version, embedding_version, f"i-{version}", "", "", T0_MS, T0_MS, dimension, len(items))
     return publish(registry, staged, replace(manifest, log_id="test"))
