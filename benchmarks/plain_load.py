@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 from core.codec import from_ms
 from headrace.v1.events_pb2 import Event
 
+T = TypeVar("T")
 _KINDS = ("view",) * 5 + ("click",) * 3 + ("cart", "purchase")
 _CATEGORIES = (20, 50)
 
@@ -50,7 +52,7 @@ def plain_events(config: PlainConfig, start_ms: int, step_ms: float) -> list[Eve
     ]
 
 
-def paced(events: Sequence[Event], per_second: float, send: Callable[[Event], None]) -> None:
+def paced(events: Sequence[T], per_second: float, send: Callable[[T], None]) -> None:
     """Calls `send` for each event at its time; what is late is sent at once."""
     begin = time.perf_counter()
     for number, event in enumerate(events):

@@ -63,7 +63,17 @@ async def bare_parts_ms(settings: Settings, bundle: ReleaseBundle, user_id: str)
     user = UserFeatures(user_id, state, row.state, segment=row.segment)
     reranker = BlendingReRanker(settings.serving, settings.features)
     budget = Budget(Deadline.after_ms(250, clock), settings.serving.stage_budget_ms)
-    query = Query(RecommendRequest(user_id=user_id), "bare", 20, now_ms, release, budget, Trace(clock), wanted)
+    query = Query(
+        RecommendRequest(user_id=user_id),
+        "bare",
+        20,
+        now_ms,
+        release,
+        budget,
+        Trace(clock),
+        wanted,
+        settings.serving.on(""),
+    )
     parts["rerank"] = _median(lambda: reranker.rerank(query, user, candidates))
     parts["hops"] = await _hops()
     return {name: round(value, 3) for name, value in parts.items()}

@@ -8,6 +8,7 @@ in `defaults.toml`; an unknown key is an error.
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -181,6 +182,25 @@ class StageBudgets(_Section):
 Tier = Literal["ranked", "reranked_batch", "last_good", "rules", "popular_segment", "popular"]
 
 
+class Surface(_Section):
+    """What a surface (home, mail, checkout ...) has of its own; what is not given is as elsewhere."""
+
+    num_items: Annotated[int, Field(gt=0, le=500)] | None = None
+    diversity: Share | None = None
+    exploration_rate: Share | None = None
+    exclude_seen_kinds: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OnSurface:
+    """The settings that hold on one surface."""
+
+    num_items: int
+    diversity: float
+    exploration_rate: float
+    exclude_seen_kinds: frozenset[str]
+
+
 class ServingSettings(_Section):
     """The front door."""
 
@@ -202,7 +222,11 @@ class ServingSettings(_Section):
     exclude_seen_kinds: tuple[str, ...]
     blend_weights: dict[str, float]
     diversity: Share
+    diversity_method: Literal["mmr", "dpp"]
+    fatigue_weight: Share
+    fatigue_half_life_seconds: Positive
     exploration_rate: Share
+    surfaces: dict[str, Surface]
     impression_queue_max: Positive
     rules_path: str
     state_path: str
@@ -212,6 +236,20 @@ class ServingSettings(_Section):
         if not self.ladder or self.ladder[-1] != "popular" or len(set(self.ladder)) != len(self.ladder):
             raise ValueError('serving.ladder must name each rung once and end with "popular"')
         return self
+
+    def on(self, name: str) -> OnSurface:
+        """The settings of a surface; those of all where it has none of its own."""
+        own = self.surfaces.get(name, _NO_SURFACE)
+        seen = self.exclude_seen_kinds if own.exclude_seen_kinds is None else own.exclude_seen_kinds
+        return OnSurface(
+            self.default_num_items if own.num_items is None else own.num_items,
+            self.diversity if own.diversity is None else own.diversity,
+            self.exploration_rate if own.exploration_rate is None else own.exploration_rate,
+            frozenset(seen),
+        )
+
+
+_NO_SURFACE = Surface()
 
 
 class OfflineSettings(_Section):

@@ -41,6 +41,7 @@ def assemble(
         served_tier=ranking.tier,
         degraded_reasons=trace.reasons,
         state_revision=user.state.revision,
+        embedding_revision=user.embedding_revision,
         versions=versions_of(release, trace),
         experiment_arm=query.request.experiment_arm,
         stage_timings=trace.timings(),

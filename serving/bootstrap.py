@@ -4,7 +4,7 @@ Invariant: everything is closed in the reverse order of its making, and nothing 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from core.clock import Clock, SystemClock
@@ -28,6 +28,7 @@ from serving.pipeline import Pipeline, Stages
 from serving.recommender import Recommender
 from serving.release import Release, Releases
 from serving.service import RecommenderService
+from serving.shown import Shown
 from serving.stages.filter import EligibilityFilter
 from serving.stages.hydrate import StoreHydrator
 from serving.stages.log import KafkaImpressionLog
@@ -80,20 +81,21 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         for producer in (for_impressions, for_events):
             stack.push_async_callback(asyncio.to_thread, producer.close, 2)
         impressions = KafkaImpressionLog(for_impressions, topics.impressions, serving.impression_queue_max)
-        filters = EligibilityFilter(serving.exclude_seen_kinds)
+        shown = Shown(serving.last_good_users, serving.fatigue_half_life_seconds)
+        filters = EligibilityFilter()
         stages = Stages(
             StoreHydrator(store, breakers["redis"], settings.features),
             MergingRetriever(candidate),
             filters,
             ServiceRanker(ranker),
-            BlendingReRanker(serving, settings.features),
+            BlendingReRanker(serving, settings.features, shown),
             TopSelector(settings.features),
             impressions,
         )
         last_good = LastGood(serving.last_good_users, serving.last_good_max_age_seconds, clock)
-        tombstones = _follow_tombstones(settings, topics, last_good)
+        tombstones = _follow_tombstones(settings, topics, (last_good, shown))
         stack.push_async_callback(asyncio.to_thread, tombstones.stop)
-        pipeline = Pipeline(stages, Ladder(serving, filters, last_good), last_good, serving.ladder, clock)
+        pipeline = Pipeline(stages, Ladder(serving, filters, last_good), last_good, shown, serving.ladder, clock)
         recommender = Recommender(pipeline, releases, serving, clock)
 
         server = GrpcServer(serving.host, serving.port, SERVICES)
@@ -114,15 +116,16 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         yield server
 
 
-def _follow_tombstones(settings: Settings, topics: Topics, last_good: LastGood) -> TopicFollower:
+def _follow_tombstones(settings: Settings, topics: Topics, memories: Sequence[LastGood | Shown]) -> TopicFollower:
     """Erased users are forgotten here, too. From the end of the topic: this process has kept nothing before."""
     loop = asyncio.get_running_loop()
 
     def forget(records: list[Record]) -> None:
         erased = [record.key.decode("utf-8", "replace") for record in records if record.value is None]
         if erased:
-            # The ladder belongs to the loop's thread.
-            loop.call_soon_threadsafe(last_good.forget, erased)
+            # They belong to the loop's thread.
+            for memory in memories:
+                loop.call_soon_threadsafe(memory.forget, erased)
 
     follower = TopicFollower(settings.kafka, (topics.users,), forget, from_end=True)
     follower.start()

@@ -15,6 +15,7 @@ from headrace.v1.recommender_service_pb2 import Recommendation, RecommendRespons
 from serving.answer import assemble
 from serving.ladder import Ladder, LastGood
 from serving.query import Candidates, Query, Ranking, UserFeatures
+from serving.shown import Shown
 from serving.stages.filter import CandidateFilter
 from serving.stages.hydrate import Hydrator
 from serving.stages.log import ImpressionLog
@@ -45,11 +46,18 @@ class Pipeline:
     """Runs the stages."""
 
     def __init__(
-        self, stages: Stages, ladder: Ladder, last_good: LastGood, rungs: tuple[str, ...], clock: Clock
+        self,
+        stages: Stages,
+        ladder: Ladder,
+        last_good: LastGood,
+        shown: Shown,
+        rungs: tuple[str, ...],
+        clock: Clock,
     ) -> None:
         self._stages = stages
         self._ladder = ladder
         self._last_good = last_good
+        self._shown = shown
         self._rungs = rungs
         self._clock = clock
 
@@ -137,4 +145,6 @@ class Pipeline:
     ) -> RecommendResponse:
         response = assemble(query, user, ranking, items, self._clock.now_ms())
         self._stages.impressions.log(query, response)
+        if not query.request.dry_run:
+            self._shown.note(query.user_id, [item.item_id for item in items], query.now_ms)
         return response

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from core.settings import OnSurface
 from features.catalog import Floats, Rows
 from features.vectors import SOURCES
 from features.windows import UserState
@@ -58,6 +59,8 @@ class Query:
     trace: Trace
     # How many candidates to retrieve and rank.
     num_candidates: int
+    # The settings of the request's surface.
+    on: OnSurface
     # Explain: the item asked about.
     probe_item_id: str = ""
     page: Page = FIRST_PAGE

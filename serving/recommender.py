@@ -103,23 +103,25 @@ class Recommender:
         self, request: RecommendRequest, deadline: Deadline, now_ms: int, probe_item_id: str = "", prefix: str = ""
     ) -> Query:
         context, release = request.context, self.releases.current
+        on = self._settings.on(context.surface)
+        num_items = request.num_items or on.num_items
         return Query(
             request,
             str(uuid4()),
-            request.num_items or self._settings.default_num_items,
+            num_items,
             to_ms(context.as_of_time) if context.HasField("as_of_time") else now_ms,
             release,
             Budget(deadline, self._settings.stage_budget_ms),
             Trace(self._clock),
-            self._num_candidates(request),
+            self._num_candidates(num_items),
+            on,
             probe_item_id,
             read_cursor(request.cursor, request.user_id, release.catalog, f"{prefix}cursor"),
         )
 
-    def _num_candidates(self, request: RecommendRequest) -> int:
+    def _num_candidates(self, num_items: int) -> int:
         wanted = round(self._settings.num_candidates * self.load.quality)
-        least = max(_LEAST_CANDIDATES, request.num_items or self._settings.default_num_items)
-        return min(self._settings.num_candidates, max(wanted, least))
+        return min(self._settings.num_candidates, max(wanted, _LEAST_CANDIDATES, num_items))
 
     async def _answer(self, query: Query) -> RecommendResponse:
         given_ms = query.budget.deadline.remaining_ms()

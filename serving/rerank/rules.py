@@ -1,7 +1,8 @@
-"""Editorial rules: pin, boost, bury, and fixed lists for the rung RULES.
+"""Editorial rules: pin, boost, bury, quota, and fixed lists for the rung RULES.
 
-Read from the bundle's RULES file, checked as a whole, applied by the re-ranker and the ladder. Invariant: a rules file
-with one mistake is refused with the place of the mistake; a rule never brings back an item that a filter removed.
+Read from the editors' file or the bundle's RULES, checked as a whole, applied by the re-ranker and the ladder.
+Invariant: a rules file with one mistake is refused with the place of the mistake; a rule never brings back an item that
+a filter removed.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.errors import ArtifactError
+from serving.rerank.quotas import Bound
 
 Floats64 = npt.NDArray[np.float64]
 
@@ -52,6 +54,24 @@ class Shift(_Rule):
         return item_id == self.item_id if self.item_id else self.category in categories
 
 
+class Quota(_Rule):
+    """At most, or at least, so many items of a category among the first places."""
+
+    category: Annotated[str, Field(min_length=1)]
+    within: Annotated[int, Field(gt=0, le=100)]
+    at_least: Annotated[int, Field(ge=0)] = 0
+    at_most: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Quota":
+        most = self.within if self.at_most is None else self.at_most
+        if self.at_most is None and not self.at_least:
+            raise ValueError("give at_least, at_most or both")
+        if self.at_least > min(most, self.within):
+            raise ValueError("at_least is more than at_most, or than there are places")
+        return self
+
+
 class FixedList(_Rule):
     """What to show when nothing better can be made."""
 
@@ -64,6 +84,7 @@ class Rules(_Rule):
     pin: tuple[Pin, ...] = ()
     boost: tuple[Shift, ...] = ()
     bury: tuple[Shift, ...] = ()
+    quota: tuple[Quota, ...] = ()
     lists: tuple[FixedList, ...] = ()
 
     @classmethod
@@ -85,6 +106,19 @@ class Rules(_Rule):
                 chosen[pin.position] = pin
                 items.add(pin.item_id)
         return [chosen[position] for position in sorted(chosen)]
+
+    def bounds(self, surface: str, segment: str, categories: Sequence[Sequence[str]]) -> list[Bound]:
+        """The quotas that hold, for candidates with these categories."""
+        return [
+            Bound(
+                np.fromiter((quota.category in of_item for of_item in categories), np.bool_, len(categories)),
+                quota.at_least,
+                quota.within if quota.at_most is None else quota.at_most,
+                quota.within,
+            )
+            for quota in self.quota
+            if quota.holds(surface, segment)
+        ]
 
     def fixed_list(self, surface: str, segment: str) -> tuple[str, ...]:
         """The list that fits best: by surface and segment, then by either, then for everywhere."""

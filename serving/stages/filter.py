@@ -33,9 +33,6 @@ class CandidateFilter(Protocol):
 class EligibilityFilter:
     """The rules of the catalogue, of the user's history and of the request."""
 
-    def __init__(self, exclude_seen_kinds: tuple[str, ...]) -> None:
-        self._seen_kinds = frozenset(exclude_seen_kinds)
-
     def filter(self, query: Query, user: UserFeatures, candidates: Candidates) -> Staged:
         """Takes out what may not be shown, and fills up from the popular items where few candidates are left."""
         rules = self.eligibility(query, user)
@@ -50,7 +47,7 @@ class EligibilityFilter:
 
     def eligibility(self, query: Query, user: UserFeatures, *, with_seen: bool = False) -> "Eligibility":
         """The rules of one request. `with_seen`: seen items may come back (better than nothing at all)."""
-        return Eligibility(query, user, frozenset() if with_seen else self._seen_kinds)
+        return Eligibility(query, user, frozenset() if with_seen else query.on.exclude_seen_kinds)
 
 
 class Eligibility:

@@ -17,9 +17,11 @@ from features.windows import UserState
 from headrace.v1 import types_pb2 as types
 from serving.query import SOURCE_BIT, Candidates, Query, Ranking, UserFeatures
 from serving.rerank.blend import blend
-from serving.rerank.diversity import category_vectors, diversify
+from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp
 from serving.rerank.exploration import explore
+from serving.rerank.quotas import hold_quotas
 from serving.rerank.rules import place_pins
+from serving.shown import Shown
 
 _DAY_MS = 86_400_000
 
@@ -31,11 +33,12 @@ class ReRanker(Protocol):
 
 
 class BlendingReRanker:
-    """Blend, rules, diversity, pins, exploration, in this order."""
+    """Blend, rules, fatigue, diversity, quotas and pins, exploration, in this order."""
 
-    def __init__(self, settings: ServingSettings, features: FeaturesSettings) -> None:
+    def __init__(self, settings: ServingSettings, features: FeaturesSettings, shown: Shown | None = None) -> None:
         self._settings = settings
         self._features = features
+        self._shown = shown
 
     def rerank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Ranking:
         release = query.release
@@ -47,16 +50,19 @@ class BlendingReRanker:
 
         blended = blend(self._parts(query, user, candidates), release.blend_weights)
         parts, contributions, relevance = list(blended.parts), blended.contributions, blended.scores
-        shifts = self._shifts(query, user, candidates, ids)
-        if shifts is not None:
-            parts.append("rules")
-            contributions, relevance = np.vstack((contributions, shifts)), relevance + shifts
+        for name, shift in (
+            ("rules", self._shifts(query, user, candidates, ids)),
+            ("fatigue", self._fatigue(query, user, ids)),
+        ):
+            if shift is not None:
+                parts.append(name)
+                contributions, relevance = np.vstack((contributions, shift)), relevance + shift
 
-        diversity = self._settings.diversity
         vectors = category_vectors(release.catalog.column("categories")[candidates.rows])
-        order, penalties = diversify(relevance, vectors, diversity, query.num_items)
+        place = diversify if self._settings.diversity_method == "mmr" else diversify_by_dpp
+        order, penalties, scale = place(relevance, vectors, query.on.diversity, query.num_items)
         parts.append("diversity")
-        contributions = np.vstack(((1 - diversity) * contributions, -penalties))
+        contributions = np.vstack((scale * contributions, -penalties))
 
         order, pinned = self._pin(query, user, candidates, order)
         explored = explore(order, query.num_items, _new(candidates), self._rate(query), pinned, _draw(query))
@@ -96,9 +102,10 @@ class BlendingReRanker:
     def _pin(
         self, query: Query, user: UserFeatures, candidates: Candidates, order: npt.NDArray[np.intp]
     ) -> tuple[npt.NDArray[np.intp], frozenset[int]]:
-        """The order with the pins in place, and the places that they fill."""
-        pins = query.release.rules.pins(query.surface, user.segment)
-        if not pins:
+        """The order with the pins in place and the quotas held, and the places that the pins fill."""
+        rules = query.release.rules
+        pins = rules.pins(query.surface, user.segment)
+        if not pins and not rules.quota:
             return order, frozenset()
         # Positions are those of the whole list; a later page has its own part of them.
         catalog, first = query.release.catalog, query.page.offset
@@ -108,10 +115,21 @@ class BlendingReRanker:
             for pin in pins
             if pin.position >= first and (row := catalog.row(pin.item_id)) in index_of
         ]
-        return place_pins(order, wanted), frozenset(position for _, position in wanted)
+        filled = frozenset(position for _, position in wanted)
+        items = query.release.catalog.items
+        of_items = [items[row].categories for row in candidates.rows.tolist()] if rules.quota else []
+        bounds = rules.bounds(query.surface, user.segment, of_items)
+        return (hold_quotas(order, bounds, wanted) if bounds else place_pins(order, wanted)), filled
+
+    def _fatigue(self, query: Query, user: UserFeatures, ids: list[str]) -> npt.NDArray[np.float64] | None:
+        if self._shown is None or self._settings.fatigue_weight <= 0:
+            return None
+        dealt_with = frozenset(entry.item_id for entry in user.state.history)
+        tired = self._shown.fatigue(user.user_id, ids, dealt_with, query.now_ms)
+        return None if tired is None else -self._settings.fatigue_weight * tired.astype(np.float64)
 
     def _rate(self, query: Query) -> float:
-        return 0.0 if query.request.disable_exploration else self._settings.exploration_rate
+        return 0.0 if query.request.disable_exploration else query.on.exploration_rate
 
 
 def affinity(state: UserState, catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:

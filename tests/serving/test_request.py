@@ -321,3 +321,24 @@ async def test_a_stored_state_of_another_encoding_is_a_missing_one(house) -> Non
     answer = await recommender.Recommend(ask())
     assert_good(answer)
     assert tier(answer) == "POPULAR"
+
+
+async def test_a_surface_has_settings_of_its_own(house) -> None:
+    house.put_user()
+    surfaces = {"mail": {"num_items": 6, "exclude_seen_kinds": []}}
+    recommender, _ = await house.open(surfaces=surfaces, num_candidates=500)
+    assert len((await recommender.Recommend(ask())).items) == 20
+    mail = await recommender.Recommend(ask(context=Context(surface="mail")))
+    assert len(mail.items) == 6
+    wide = await recommender.Recommend(ask(num_items=100, context=Context(surface="mail")))
+    assert {"item-004", "item-008"} & set(ids(wide)), "on this surface what was clicked may come again"
+
+
+async def test_what_was_shown_and_let_pass_falls(house) -> None:
+    house.put_user()
+    recommender, _ = await house.open(fatigue_weight=1.0, diversity=0.0)
+    first = await recommender.Recommend(RecommendRequest(user_id="ada"))
+    second = await recommender.Recommend(ask(explain=True))
+    assert not set(ids(first)) & set(ids(second))
+    again = await recommender.Recommend(ask("bob", session_events=[click(4, user_id="bob")]))
+    assert set(ids(again)) & set(ids(first)), "another user is not tired of them"

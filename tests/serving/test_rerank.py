@@ -1,7 +1,5 @@
 """The arithmetic of the re-ranker: what holds for any candidates, and what the parts do."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,9 +19,11 @@ from serving.popular import PopularLists
 from serving.query import SOURCE_BIT, Candidates, Query, UserFeatures
 from serving.release import Release
 from serving.rerank.blend import blend, scaled
-from serving.rerank.diversity import category_vectors, diversify
+from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp
 from serving.rerank.exploration import explore
+from serving.rerank.quotas import Bound, hold_quotas
 from serving.rerank.rules import Rules, place_pins
+from serving.shown import Shown
 from serving.stages.rerank import BlendingReRanker
 from serving.trace import Trace
 
@@ -64,40 +64,87 @@ def test_parts_without_a_weight_do_not_count_and_none_at_all_is_no_error() -> No
     assert blend(parts, {}).scores.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("method", [diversify, diversify_by_dpp])
 @given(
     arrays.arrays(np.float64, 30, elements=st.floats(0, 1)),
     arrays.arrays(np.int32, (30, 4), elements=st.integers(0, 6)),
     st.floats(0, 1),
     st.integers(1, 40),
 )
-def test_diversity_gives_a_permutation_whose_values_fall(relevance, categories, diversity, places) -> None:
-    order, penalties = diversify(relevance, category_vectors(categories), diversity, places)
+def test_diversity_gives_a_permutation_whose_values_fall(method, relevance, categories, diversity, places) -> None:
+    order, penalties, scale = method(relevance, category_vectors(categories), diversity, places)
     assert sorted(order.tolist()) == list(range(30))
-    values = ((1 - diversity) * relevance - penalties)[order]
+    values = (scale * relevance - penalties)[order]
     assert (np.diff(values) <= 1e-6).all()
 
 
-def test_without_diversity_the_order_is_that_of_the_relevance() -> None:
+@pytest.mark.parametrize("method", [diversify, diversify_by_dpp])
+def test_without_diversity_the_order_is_that_of_the_relevance(method) -> None:
     relevance = np.array([0.2, 0.9, 0.2, 0.5])
-    assert diversify(relevance, np.ones((4, 1), np.float32), 0.0, 4).order.tolist() == [1, 3, 0, 2]
+    assert method(relevance, np.ones((4, 1), np.float32), 0.0, 4).order.tolist() == [1, 3, 0, 2]
 
 
-def test_diversity_brings_another_category_forward() -> None:
+@pytest.mark.parametrize("method", [diversify, diversify_by_dpp])
+def test_diversity_brings_another_category_forward(method) -> None:
     vectors = category_vectors(np.array([[1, 0], [1, 0], [2, 0]], np.int32))
-    assert diversify(np.array([1.0, 0.9, 0.8]), vectors, 0.5, 3).order.tolist() == [0, 2, 1]
+    assert method(np.array([1.0, 0.9, 0.8]), vectors, 0.5, 3).order.tolist() == [0, 2, 1]
 
 
-def test_500_candidates_are_diversified_within_a_millisecond() -> None:
-    random = np.random.default_rng(0)
-    relevance, categories = random.random(500), random.integers(0, 40, (500, 4)).astype(np.int32)
-    best = min(_seconds(lambda: diversify(relevance, category_vectors(categories), 0.1, 20)) for _ in range(20))
-    assert best < 0.001
+def test_a_dpp_places_what_makes_the_determinant_largest() -> None:
+    random = np.random.default_rng(3)
+    relevance, vectors = random.random(7), random.random((7, 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    quality = np.exp(0.5 * relevance)
+    kernel = quality[:, None] * (vectors @ vectors.T) * quality[None, :]
+    order = diversify_by_dpp(relevance, vectors, 0.5, 3).order
+    for place in range(3):
+        chosen = list(order[:place])
+        gains = [np.linalg.det(kernel[np.ix_([*chosen, i], [*chosen, i])]) if i not in chosen else -1 for i in range(7)]
+        assert int(np.argmax(gains)) == order[place]
 
 
-def _seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+@given(
+    st.permutations(range(14)),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 9), st.integers(1, 9)), max_size=3),
+    st.dictionaries(st.integers(0, 20), st.integers(0, 13), max_size=3),
+)
+def test_quotas_are_held_pins_stay_and_nothing_is_lost(order, raw, raw_pins) -> None:
+    kinds = np.arange(14) % 4
+    bounds = [Bound(kinds == kind, min(least, most, within), most, within) for kind, least, most, within in raw]
+    index_at = {position: index for index, position in {i: p for p, i in raw_pins.items()}.items()}
+    pins = [(index_at[position], position) for position in sorted(index_at)]
+    placed = hold_quotas(np.array(order, np.intp), bounds, pins)
+    assert sorted(placed.tolist()) == list(range(14))
+    for index, position in pins:
+        if position < 14:
+            assert placed[position] == index
+    for bound in bounds:
+        first = placed[: bound.within]
+        by_pins = sum(bool(bound.members[i]) for i, p in pins if p < bound.within)
+        others = sum(not any(b.members[i] for b in bounds) for i in range(14) if i not in index_at.values())
+        if others >= max(b.within for b in bounds):
+            assert bound.members[first].sum() <= max(bound.at_most, by_pins)
+
+
+def test_a_lower_bound_brings_its_items_up_and_an_upper_one_keeps_them_down() -> None:
+    order, tea = np.arange(10), np.arange(10) >= 7
+    assert hold_quotas(order, [Bound(tea, 2, 10, 5)], []).tolist() == [0, 1, 2, 7, 8, 3, 4, 5, 6, 9]
+    soap = np.arange(10) < 4
+    assert hold_quotas(order, [Bound(soap, 0, 1, 4)], []).tolist() == [0, 4, 5, 6, 1, 2, 3, 7, 8, 9]
+    assert hold_quotas(order, [Bound(soap, 0, 1, 4)], [(3, 2)]).tolist() == [4, 5, 3, 6, 0, 1, 2, 7, 8, 9]
+
+
+def test_what_was_shown_and_let_pass_tires_and_recovers() -> None:
+    shown = Shown(users=2, half_life_seconds=100)
+    for _ in range(3):
+        shown.note("u", ["a", "b"], 0)
+    tired = shown.fatigue("u", ["a", "b", "c"], frozenset({"b"}), 0)
+    assert tired.tolist() == [1 - 0.5**3, 0.0, 0.0]
+    assert shown.fatigue("u", ["a"], frozenset(), 100_000).tolist() == pytest.approx([1 - 0.5**1.5])
+    assert shown.fatigue("stranger", ["a"], frozenset(), 0) is None
+    shown.forget(["u"])
+    shown.note("u", ["a"], 0)
+    assert shown.fatigue("u", ["a"], frozenset(), 0) is None
 
 
 @given(st.permutations(range(12)), st.dictionaries(st.integers(0, 11), st.integers(0, 30), max_size=5))
@@ -141,6 +188,8 @@ def test_exploration_tries_all_alike() -> None:
         ({"pin": [{"item_id": "a", "position": 500}]}, "pin.0.position"),
         ({"boost": [{"item_id": "a", "category": "b"}]}, "boost.0"),
         ({"boost": [{"item_id": "a", "amount": float("nan")}]}, "boost.0.amount"),
+        ({"quota": [{"category": "tea", "within": 3}]}, "quota.0"),
+        ({"quota": [{"category": "tea", "within": 3, "at_least": 4}]}, "quota.0"),
         ({"lists": [{"item_ids": []}]}, "lists.0.item_ids"),
         ({"pins": []}, "pins"),
         ([], "the file"),
@@ -185,11 +234,13 @@ PINNED = {"pin": [{"item_id": "i05", "position": 0}, {"item_id": "i06", "positio
 RELEASES = {"plain": release_of({}), "pinned": release_of(PINNED)}
 
 
-def query_of(release, rate_off=False) -> Query:
+def query_of(release, rate_off=False, on=None) -> Query:
     clock = SystemClock()
     request = RecommendRequest(user_id="u", num_items=10, disable_exploration=rate_off)
     budget = Budget(Deadline.after_ms(250), SETTINGS.serving.stage_budget_ms)
-    return Query(request, "recommendation", 10, NOW_MS, release, budget, Trace(clock), 500)
+    return Query(
+        request, "recommendation", 10, NOW_MS, release, budget, Trace(clock), 500, (on or SETTINGS.serving).on("")
+    )
 
 
 @settings(max_examples=60)
@@ -220,7 +271,7 @@ def test_ties_go_to_the_smaller_item_id() -> None:
     candidates = Candidates.of_rows(np.arange(COUNT, dtype=np.int32))
     plain = SETTINGS.serving.model_copy(update={"diversity": 0.0})
     ranking = BlendingReRanker(plain, SETTINGS.features).rerank(
-        query_of(release, rate_off=True), UserFeatures("u"), candidates
+        query_of(release, rate_off=True, on=plain), UserFeatures("u"), candidates
     )
     ids = [release.catalog.item_ids[row] for row in ranking.candidates.rows]
     assert ids == sorted(ids)

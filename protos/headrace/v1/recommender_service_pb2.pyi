@@ -163,12 +163,17 @@ class RecommendResponse(_message.Message):
     STAGE_TIMINGS_FIELD_NUMBER: _builtins.int
     NEXT_CURSOR_FIELD_NUMBER: _builtins.int
     ANSWER_TIME_FIELD_NUMBER: _builtins.int
+    EMBEDDING_REVISION_FIELD_NUMBER: _builtins.int
     recommendation_id: _builtins.str
     served_tier: _types_pb2.ServingTier.ValueType
     state_revision: _builtins.int
     experiment_arm: _builtins.str
     next_cursor: _builtins.str
     """Where asked for. Empty = no more pages."""
+    embedding_revision: _builtins.int
+    """Revision of the state that the user's stored vector was made from; behind state_revision for some milliseconds
+    after each event.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recommendation]: ...
     @_builtins.property
@@ -197,10 +202,11 @@ class RecommendResponse(_message.Message):
         stage_timings: _abc.Iterable[_types_pb2.StageTiming] | None = ...,
         next_cursor: _builtins.str = ...,
         answer_time: _timestamp_pb2.Timestamp | None = ...,
+        embedding_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "features_as_of_time", b"features_as_of_time", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "degraded_reasons", b"degraded_reasons", "experiment_arm", b"experiment_arm", "features_as_of_time", b"features_as_of_time", "items", b"items", "next_cursor", b"next_cursor", "recommendation_id", b"recommendation_id", "served_tier", b"served_tier", "stage_timings", b"stage_timings", "state_revision", b"state_revision", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "degraded_reasons", b"degraded_reasons", "embedding_revision", b"embedding_revision", "experiment_arm", b"experiment_arm", "features_as_of_time", b"features_as_of_time", "items", b"items", "next_cursor", b"next_cursor", "recommendation_id", b"recommendation_id", "served_tier", b"served_tier", "stage_timings", b"stage_timings", "state_revision", b"state_revision", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
