@@ -28,6 +28,11 @@ Rows = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
+def category_number(category: str) -> int:
+    """The number of a category in column `categories`; two may share one."""
+    return 1 + stable_hash(category) % (CATEGORY_VOCABULARY - 1)
+
+
 class Catalog:
     """Items and their statistics, by row."""
 
@@ -80,7 +85,7 @@ class Catalog:
         columns["categories"][row] = 0
         columns["buckets"][row] = -1
         for index, category in enumerate(categories):
-            columns["categories"][row, index] = 1 + stable_hash(category) % (CATEGORY_VOCABULARY - 1)
+            columns["categories"][row, index] = category_number(category)
             columns["buckets"][row, index] = category_bucket(category, self._settings.category_buckets)
         columns["year"][row] = (item.year - 2000) / 20 if item.HasField("year") else 0.0
         columns["log_price"][row] = math.log1p(max(item.price, 0.0)) if item.HasField("price") else 0.0

@@ -5,6 +5,7 @@ or where there is nothing else to show.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -39,44 +40,77 @@ def hold_quotas(order: Indices, bounds: Sequence[Bound], pins: Sequence[tuple[in
     count = len(order)
     fixed = _positions(pins, count)
     pinned = set(fixed.values())
-    waiting = [int(index) for index in order if int(index) not in pinned]
+    waiting = order[~np.isin(order, list(pinned))] if pinned else order
+    is_free = np.ones(len(waiting), np.bool_)
     # Pins count from the start: what they will take of a bound is not to be given away before.
-    used = [
-        sum(bool(bound.members[index]) for place, index in fixed.items() if place < bound.within) for bound in bounds
+    windows = [
+        _Window(
+            bound.members[waiting],
+            bound.at_least,
+            bound.at_most,
+            min(bound.within, count),
+            sum(bool(bound.members[index]) for place, index in fixed.items() if place < bound.within),
+            min(bound.within, count) - sum(place < bound.within for place in fixed),
+        )
+        for bound in bounds
     ]
-    free = [min(bound.within, count) - sum(place < bound.within for place in fixed) for bound in bounds]
     placed: list[int] = []
-    for place in range(min(max((bound.within for bound in bounds), default=0), count)):
+    for place in range(max((window.end for window in windows), default=0)):
         if place in fixed:
             placed.append(fixed[place])
             continue
-        index = _next(waiting, place, bounds, used, free)
-        waiting.remove(index)
-        placed.append(index)
-        for number, bound in enumerate(bounds):
-            if place < bound.within:
-                free[number] -= 1
-                used[number] += bool(bound.members[index])
-    rest = iter(waiting)
+        open_windows = [window for window in windows if place < window.end]
+        at = _next(is_free, open_windows)
+        is_free[at] = False
+        placed.append(int(waiting[at]))
+        for window in open_windows:
+            window.take(at)
+    rest = iter(waiting[is_free].tolist())
     placed.extend(fixed[place] if place in fixed else next(rest) for place in range(len(placed), count))
     return np.array(placed, np.intp)
 
 
-def _next(waiting: list[int], place: int, bounds: Sequence[Bound], used: Sequence[int], free: Sequence[int]) -> int:
+@dataclass(slots=True)
+class _Window:
+    """A bound while places are given away."""
+
+    # Which of those waiting it counts. [W]
+    members: Mask
+    at_least: int
+    at_most: int
+    # It holds for the places before this one.
+    end: int
+    # Places of its own that are filled or promised to pins, and places of its window that are left.
+    used: int
+    left: int
+
+    def take(self, at: int) -> None:
+        self.left -= 1
+        self.used += bool(self.members[at])
+
+    @property
+    def is_full(self) -> bool:
+        return self.used >= self.at_most
+
+    @property
+    def is_pressing(self) -> bool:
+        return 0 < self.at_least - self.used >= self.left
+
+
+def _next(is_free: Mask, windows: Sequence[_Window]) -> int:
     """The first of those waiting that may stand here; the first of all where none may."""
-    holding = [number for number, bound in enumerate(bounds) if place < bound.within]
-    full = [bounds[number].members for number in holding if used[number] >= bounds[number].at_most]
-    needed = [
-        bounds[number].members for number in holding if 0 < bounds[number].at_least - used[number] >= free[number]
-    ]
-    allowed = [index for index in waiting if not any(members[index] for members in full)]
-    for index in allowed:
-        if all(members[index] for members in needed):
-            return index
-    for index in allowed:
-        if any(members[index] for members in needed):
-            return index
-    return (allowed or waiting)[0]
+    allowed = is_free
+    for window in windows:
+        if window.is_full:
+            allowed = allowed & ~window.members
+    if not allowed.any():
+        return int(is_free.argmax())
+    pressing = [allowed & window.members for window in windows if window.is_pressing]
+    # All lower bounds at once where an item can, else any of them, else none.
+    for chosen in (np.logical_and.reduce(pressing), np.logical_or.reduce(pressing)) if pressing else ():
+        if chosen.any():
+            return int(chosen.argmax())
+    return int(allowed.argmax())
 
 
 def _positions(pins: Sequence[tuple[int, int]], count: int) -> dict[int, int]:

@@ -16,6 +16,8 @@ from core.errors import ArtifactError
 from serving.rerank.quotas import Bound
 
 Floats64 = npt.NDArray[np.float64]
+# A category -> which candidates have it. [C]
+MembersOf = Callable[[str], npt.NDArray[np.bool_]]
 
 
 class _Rule(BaseModel):
@@ -49,9 +51,6 @@ class Shift(_Rule):
         if bool(self.item_id) == bool(self.category):
             raise ValueError("give either item_id or category")
         return self
-
-    def matches(self, item_id: str, categories: Sequence[str]) -> bool:
-        return item_id == self.item_id if self.item_id else self.category in categories
 
 
 class Quota(_Rule):
@@ -107,11 +106,11 @@ class Rules(_Rule):
                 items.add(pin.item_id)
         return [chosen[position] for position in sorted(chosen)]
 
-    def bounds(self, surface: str, segment: str, categories: Sequence[Sequence[str]]) -> list[Bound]:
-        """The quotas that hold, for candidates with these categories."""
+    def bounds(self, surface: str, segment: str, members_of: MembersOf) -> list[Bound]:
+        """The quotas that hold. `members_of` gives the candidates of a category."""
         return [
             Bound(
-                np.fromiter((quota.category in of_item for of_item in categories), np.bool_, len(categories)),
+                members_of(quota.category),
                 quota.at_least,
                 quota.within if quota.at_most is None else quota.at_most,
                 quota.within,
@@ -126,18 +125,19 @@ class Rules(_Rule):
         best = max(fitting, key=lambda entry: (bool(entry.surface), bool(entry.segment)), default=None)
         return best.item_ids if best is not None else ()
 
-    def shifts(
-        self, surface: str, segment: str, item_ids: Sequence[str], categories: Callable[[int], Sequence[str]]
-    ) -> Floats64 | None:
+    def shifts(self, surface: str, segment: str, item_ids: Sequence[str], members_of: MembersOf) -> Floats64 | None:
         """What boost and bury add to the score of each item; None where no such rule holds. Shape [C]."""
         signed = [(rule, rule.amount) for rule in self.boost if rule.holds(surface, segment)]
         signed += [(rule, -rule.amount) for rule in self.bury if rule.holds(surface, segment)]
         if not signed:
             return None
         added = np.zeros(len(item_ids), np.float64)
-        for index, item_id in enumerate(item_ids):
-            of_item = categories(index)
-            added[index] = sum(amount for rule, amount in signed if rule.matches(item_id, of_item))
+        index_of = {item_id: index for index, item_id in enumerate(item_ids)}
+        for rule, amount in signed:
+            if rule.category:
+                added[members_of(rule.category)] += amount
+            elif rule.item_id in index_of:
+                added[index_of[rule.item_id]] += amount
         return added
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.settings import FeaturesSettings, ServingSettings
-from features.catalog import Catalog, Floats, Rows
+from features.catalog import Catalog, Floats, Rows, category_number
 from features.transforms import stable_hash
 from features.vectors import affinity_of, popularity_at
 from features.windows import UserState
@@ -20,7 +20,7 @@ from serving.rerank.blend import blend
 from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp
 from serving.rerank.exploration import explore
 from serving.rerank.quotas import hold_quotas
-from serving.rerank.rules import place_pins
+from serving.rerank.rules import MembersOf, place_pins
 from serving.shown import Shown
 
 _DAY_MS = 86_400_000
@@ -50,8 +50,9 @@ class BlendingReRanker:
 
         blended = blend(self._parts(query, user, candidates), release.blend_weights)
         parts, contributions, relevance = list(blended.parts), blended.contributions, blended.scores
+        members_of = members_among(release.catalog, candidates.rows)
         for name, shift in (
-            ("rules", self._shifts(query, user, candidates, ids)),
+            ("rules", release.rules.shifts(query.surface, user.segment, ids, members_of)),
             ("fatigue", self._fatigue(query, user, ids)),
         ):
             if shift is not None:
@@ -64,7 +65,7 @@ class BlendingReRanker:
         parts.append("diversity")
         contributions = np.vstack((scale * contributions, -penalties))
 
-        order, pinned = self._pin(query, user, candidates, order)
+        order, pinned = self._pin(query, user, candidates, order, members_of)
         explored = explore(order, query.num_items, _new(candidates), self._rate(query), pinned, _draw(query))
         order = explored.order
         contributions = contributions[:, order]
@@ -91,16 +92,13 @@ class BlendingReRanker:
         parts["recency"] = recency(catalog, candidates.rows, now_ms)
         return parts
 
-    def _shifts(
-        self, query: Query, user: UserFeatures, candidates: Candidates, ids: list[str]
-    ) -> npt.NDArray[np.float64] | None:
-        items, rows = query.release.catalog.items, candidates.rows
-        return query.release.rules.shifts(
-            query.surface, user.segment, ids, lambda index: list(items[rows[index]].categories)
-        )
-
     def _pin(
-        self, query: Query, user: UserFeatures, candidates: Candidates, order: npt.NDArray[np.intp]
+        self,
+        query: Query,
+        user: UserFeatures,
+        candidates: Candidates,
+        order: npt.NDArray[np.intp],
+        members_of: MembersOf,
     ) -> tuple[npt.NDArray[np.intp], frozenset[int]]:
         """The order with the pins in place and the quotas held, and the places that the pins fill."""
         rules = query.release.rules
@@ -116,9 +114,7 @@ class BlendingReRanker:
             if pin.position >= first and (row := catalog.row(pin.item_id)) in index_of
         ]
         filled = frozenset(position for _, position in wanted)
-        items = query.release.catalog.items
-        of_items = [items[row].categories for row in candidates.rows.tolist()] if rules.quota else []
-        bounds = rules.bounds(query.surface, user.segment, of_items)
+        bounds = rules.bounds(query.surface, user.segment, members_of)
         return (hold_quotas(order, bounds, wanted) if bounds else place_pins(order, wanted)), filled
 
     def _fatigue(self, query: Query, user: UserFeatures, ids: list[str]) -> npt.NDArray[np.float64] | None:
@@ -137,6 +133,21 @@ def affinity(state: UserState, catalog: Catalog, rows: Rows, now_ms: int, settin
     buckets = catalog.column("buckets")[rows]
     short = affinity_of(state, buckets, 0, now_ms, settings)
     return short + affinity_of(state, buckets, -1, now_ms, settings)
+
+
+def members_among(catalog: Catalog, rows: Rows) -> MembersOf:
+    """Which of these rows are items of a category."""
+    numbers = catalog.column("categories")[rows]
+    # Categories past those of the column are looked for in the item.
+    has_more = numbers[:, -1] > 0
+
+    def members_of(category: str) -> npt.NDArray[np.bool_]:
+        members: npt.NDArray[np.bool_] = has_more | (numbers == category_number(category)).any(axis=1)
+        for index in np.flatnonzero(members).tolist():
+            members[index] = category in catalog.items[rows[index]].categories
+        return members
+
+    return members_of
 
 
 def trending_lift(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:

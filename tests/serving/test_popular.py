@@ -13,7 +13,7 @@ from headrace.v1.events_pb2 import Item
 from headrace.v1.recommender_service_pb2 import RecommendRequest
 from serving.ladder import LastGood
 from serving.popular import PopularLists
-from serving.query import Candidates, Ranking
+from serving.query import FIRST_PAGE, Candidates, Ranking
 
 FEATURES = load_settings().features
 YEARS_AGO_MS = 900_000_000_000
@@ -92,7 +92,7 @@ def test_last_good_answers_are_bounded_and_age(catalog) -> None:
         """What `remember` reads of a query."""
 
         def __init__(self, user_id) -> None:
-            self.user_id, self.request = user_id, RecommendRequest()
+            self.user_id, self.request, self.page = user_id, RecommendRequest(), FIRST_PAGE
             self.release = type("R", (), {"catalog": catalog})
 
     clock = ManualClock(1)
