@@ -3,6 +3,7 @@
 The sink, the importers and training all go through here. Each table's Arrow schema is derived from its message in
 protos/headrace/v1/events.proto, so a new proto field is a new column at once. Invariant: message -> row -> message is
 the identity, field presence included (absent = null), times to the millisecond (the resolution of the whole system).
+That holds for fields that this version does not know, too: a message that has any is kept whole beside its columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import pyarrow as pa
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from core.codec import from_ms, to_ms
 from headrace.v1.events_pb2 import Event, Feedback, ImpressionList, Item, User
@@ -66,6 +68,8 @@ _SOURCE_COLUMNS = [
     pa.field("offset", pa.int64()),
     pa.field("ingest_time", TIME),
 ]
+# The message's bytes where it came from a later version, with fields that no column holds; else null.
+WHOLE = pa.field("whole_message", pa.binary())
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,22 @@ class LogTable:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """All fields of the message, then `deleted` (items and users: a tombstone), then where the row came from."""
+        """All fields of the message, `deleted` (items and users: a tombstone), WHOLE, then where the row came from."""
         columns = [pa.field(name, _arrow_type(f), nullable=_nullable(f)) for name, f in self._fields.items()]
         if not self.by_date:
             columns.append(pa.field("deleted", pa.bool_(), nullable=False))
-        return pa.schema(columns + _SOURCE_COLUMNS)
+        return pa.schema([*columns, WHOLE, *_SOURCE_COLUMNS])
+
+    @cached_property
+    def nested(self) -> tuple[str, ...]:
+        """Fields that hold messages of ours, which may come from a later version themselves."""
+        return tuple(
+            name
+            for name, f in self._fields.items()
+            if f.message_type is not None
+            and not f.message_type.GetOptions().map_entry
+            and f.message_type.full_name != _TIMESTAMP
+        )
 
     @cached_property
     def read_schema(self) -> pa.Schema:
@@ -120,29 +135,39 @@ def to_table(table: LogTable, messages: Sequence[Message], sources: Sequence[Sou
         sources: n places in the topics, or nothing for imported rows.
     """
     values: dict[str, list[Any]] = {name: [] for name in table.fields}
+    whole: list[bytes | None] = []
     # A few at a time: column by column, each message would have left the processor's cache before its next field.
     for start in range(0, len(messages), _CHUNK_ROWS):
         chunk = messages[start : start + _CHUNK_ROWS]
         for name, f in table.fields.items():
             values[name] += _column(f, chunk)
+        whole += _whole(table, chunk)
     columns = [pa.array(column, type=table.schema.field(name).type) for name, column in values.items()]
-    return _with_sources(table, columns, len(messages), sources, deleted=False)
+    return _with_sources(table, columns, whole, sources, deleted=False)
 
 
 def deletions(table: LogTable, keys: Sequence[str], sources: Sequence[Source] | None = None) -> pa.Table:
     """Rows that take items or users away again (a tombstone of a compacted topic)."""
     empty = [table.message(**{table.key: key}) for key in keys]
     columns = [pa.array(_column(f, empty), type=table.schema.field(name).type) for name, f in table.fields.items()]
-    return _with_sources(table, columns, len(keys), sources, deleted=True)
+    return _with_sources(table, columns, [None] * len(keys), sources, deleted=True)
 
 
 def from_table(table: LogTable, rows: pa.Table, batch_rows: int = 16_384) -> Iterator[Any]:
-    """The messages of `rows`, in order. Columns that are not there leave their field at its default."""
+    """The messages of `rows`, in order. Columns that are not there leave their field at its default.
+
+    With WHOLE among the columns, fields that the writer did not know are there, too.
+    """
     names = [name for name in table.fields if name in rows.column_names]
     builders = [_value_reader(table.fields[name]) for name in names]
-    for batch in rows.select(names).to_batches(max_chunksize=batch_rows):
+    has_whole = WHOLE.name in rows.column_names
+    for batch in rows.select([*names, WHOLE.name] if has_whole else names).to_batches(max_chunksize=batch_rows):
         columns = [_plain(column) for column in batch.columns]
-        for values in zip(*columns, strict=True):
+        whole = columns.pop() if has_whole else [None] * batch.num_rows
+        for message, values in zip(whole, zip(*columns, strict=True), strict=True):
+            if message is not None:
+                yield table.message.FromString(message)
+                continue
             yield table.message(
                 **{
                     name: build(value)
@@ -188,6 +213,27 @@ def _column(f: FieldDescriptor, messages: Sequence[Message]) -> list[Any]:
     return values
 
 
+def _whole(table: LogTable, messages: Sequence[Message]) -> list[bytes | None]:
+    """The bytes of messages with unknown fields. Seldom are there any, so that is found out first, for all of them."""
+    if not any(map(len, map(UnknownFieldSet, messages))) and not any(map(_is_later, _inner(table, messages))):
+        return [None] * len(messages)
+    return [
+        message.SerializeToString() if _is_later(message) or any(map(_is_later, _inner(table, [message]))) else None
+        for message in messages
+    ]
+
+
+def _is_later(message: Message) -> bool:
+    """Whether a message has fields that this version does not know."""
+    return len(UnknownFieldSet(message)) > 0
+
+
+def _inner(table: LogTable, messages: Sequence[Message]) -> Iterator[Message]:
+    for name in table.nested:
+        for message in messages:
+            yield from getattr(message, name)
+
+
 def _value_writer(f: FieldDescriptor) -> Callable[[Any], Any] | None:
     message = f.message_type
     if message is None:
@@ -229,10 +275,17 @@ def _plain(column: pa.Array) -> list[Any]:
 
 
 def _with_sources(
-    table: LogTable, columns: list[pa.Array], rows: int, sources: Sequence[Source] | None, *, deleted: bool
+    table: LogTable,
+    columns: list[pa.Array],
+    whole: Sequence[bytes | None],
+    sources: Sequence[Source] | None,
+    *,
+    deleted: bool,
 ) -> pa.Table:
+    rows = len(whole)
     if not table.by_date:
         columns.append(pa.array([deleted] * rows, type=pa.bool_()))
+    columns.append(pa.array(whole, type=WHOLE.type))
     parts = zip(*sources, strict=True) if sources else ([None] * rows for _ in _SOURCE_COLUMNS)
     columns += [pa.array(list(part), type=f.type) for part, f in zip(parts, _SOURCE_COLUMNS, strict=True)]
     return pa.Table.from_arrays(columns, schema=table.schema)

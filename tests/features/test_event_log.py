@@ -7,6 +7,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -23,6 +24,7 @@ from features.stores.event_rows import (
     ITEMS,
     LOG_TABLES,
     USERS,
+    WHOLE,
     LogTable,
     Source,
     deletions,
@@ -31,6 +33,7 @@ from features.stores.event_rows import (
     to_table,
 )
 from features.windows import as_user_event
+from headrace.v1 import events_pb2
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item, User
 
 DAY_MS = 86_400_000
@@ -80,6 +83,55 @@ def test_every_field_of_a_message_has_a_column() -> None:
     for table in LOG_TABLES:
         assert set(table.message.DESCRIPTOR.fields_by_name) <= set(table.schema.names)
         assert table.schema.names[-4:] == ["topic", "partition", "offset", "ingest_time"]
+
+
+# Field 100 of a later version: the text `mood`.
+LATER = b"\xa2\x06\x03new"
+
+
+def in_a_later_version(table: LogTable) -> LogTable:
+    """The table as a version has it that knows the field."""
+    file, pool = descriptor_pb2.FileDescriptorProto(), descriptor_pool.DescriptorPool()
+    events_pb2.DESCRIPTOR.CopyToProto(file)
+    (message,) = (one for one in file.message_type if one.name == table.message.DESCRIPTOR.name)
+    message.field.add(name="mood", number=100, label=message.field[0].label, type=FieldDescriptor.TYPE_STRING)
+    for known in events_pb2.DESCRIPTOR.dependencies:
+        pool.AddSerializedFile(known.serialized_pb)
+    pool.Add(file)
+    kind = message_factory.GetMessageClass(pool.FindMessageTypeByName(table.message.DESCRIPTOR.full_name))
+    return LogTable(table.name, kind, table.key, table.by_date)
+
+
+@pytest.mark.parametrize("table", LOG_TABLES, ids=lambda table: table.name)
+def test_fields_of_a_later_version_come_back_to_whoever_knows_them(table: LogTable, tmp_path: Path) -> None:
+    known = table.message(**{table.key: "a"})
+    later = table.message.FromString(known.SerializeToString() + LATER)
+    log = EventLog(tmp_path)
+    log.write(table, to_table(table, [known, later, known]), "p0-0-2")
+    rows = log.read(table, log.files(table), table.read_schema.names)
+    assert [message.SerializeToString() for message in from_table(table, rows)] == [
+        message.SerializeToString() for message in (known, later, known)
+    ]
+    # What this version writes costs nothing.
+    assert rows[WHOLE.name].null_count == 2
+
+    newer = in_a_later_version(table)
+    rows = log.read(newer, log.files(newer), newer.read_schema.names)
+    assert [message.mood for message in from_table(newer, rows)] == ["", "new", ""]
+    # What the later version writes, the earlier one reads.
+    log.write(newer, to_table(newer, [newer.message(**{table.key: "b", "mood": "glad"})]), "p0-3-3")
+    rows = log.read(table, log.files(table), table.read_schema.names)
+    assert sorted(getattr(message, table.key) for message in from_table(table, rows)) == ["a", "a", "a", "b"]
+
+
+def test_an_impression_of_a_later_version_is_kept_too() -> None:
+    inner = Impression.FromString(Impression(item_id="i").SerializeToString() + LATER)
+    later = ImpressionList(event_id="e", impressions=[inner])
+    plain = ImpressionList(event_id="f", impressions=[Impression(item_id="i")])
+    written = [later, plain]
+    assert [one.SerializeToString() for one in from_table(IMPRESSIONS, to_table(IMPRESSIONS, written))] == [
+        one.SerializeToString() for one in written
+    ]
 
 
 def event(number: int, time_ms: int = T0, **fields: Any) -> Event:

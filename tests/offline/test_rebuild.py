@@ -9,7 +9,7 @@ from core.codec import from_ms
 from core.kafka import topic_sources
 from core.topics import Topics
 from features import positions, windows
-from features.definitions import ITEM_STATS, USER_EMBEDDING, USER_PROFILE, USER_STATE
+from features.definitions import ITEM_PROFILE, ITEM_STATS, USER_EMBEDDING, USER_PROFILE, USER_STATE
 from features.item_stats import decode
 from features.stores.erasures import Erasure, Erasures
 from features.stores.event_log import EventLog
@@ -23,6 +23,8 @@ from offline.rebuild import rebuild
 NOW_MS = 1_700_000_000_000
 USERS_SENT = [f"u{n}" for n in range(6)]
 PARTITIONS = range(4)
+# Field 100 of a later version: a text.
+LATER = b"\xa2\x06\x03new"
 
 
 def event(number: int, kind=Event):
@@ -207,7 +209,7 @@ def test_profiles_and_items_carry_their_positions_and_erased_users_stay_erased(h
     people = [User(user_id="u0", segment="a"), User(user_id="u1", segment="b")]
     places = [Source(house.topics.users, 2, offset, NOW_MS) for offset in (3, 4)]
     log.write(USERS, to_table(USERS, people, places), f"{users:016x}-p2-000000000000-000000000009")
-    (thing,) = [Item(item_id="i0", title="Tea")]
+    thing = Item.FromString(Item(item_id="i0", title="Tea").SerializeToString() + LATER)
     place = [Source(house.topics.items, 1, 7, NOW_MS)]
     log.write(ITEMS, to_table(ITEMS, [thing], place), f"{items:016x}-p1-000000000000-000000000007")
     (row,) = house.part.store.read(USER_STATE, [("u5",)])
@@ -218,6 +220,10 @@ def test_profiles_and_items_carry_their_positions_and_erased_users_stay_erased(h
     (row,) = store.read(USER_PROFILE, [("u1",)])
     assert row.cells["profile_segment"] == "b"
     assert read_offsets(row.raw["profile_offsets"]) == {(users, 2): 9}
+    # With the field that this version does not know.
+    (row,) = store.read(ITEM_PROFILE, [(thing.item_id,)])
+    assert row.cells["item"] == thing.SerializeToString()
+    assert row.cells["item"].endswith(LATER)
     (erased,) = store.read(USER_STATE, [("u5",)])
     assert set(erased.cells) == {"state", "offsets"}
     assert store.read(USER_EMBEDDING, [("u5",)])[0].cells == {}
