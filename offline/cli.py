@@ -271,7 +271,10 @@ def history(
     json: AsJson = False,
     config: Config = None,
 ) -> None:
-    """Write what user_state and user_profile held at which event time, for Feast's get_historical_features.
+    """Write what users' and items' rows held at which event time, for Feast's get_historical_features.
+
+    Of the views user_state, user_profile, item_profile and item_stats. The last has a row for each event and each item
+    shown, per source partition, as online: add them up.
 
     Example: [bold]headrace history --data log --out .headrace/feast[/]
     """

@@ -50,8 +50,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 def print_history(summary: HistorySummary, console: Console) -> None:
     table = _facts("history of feature rows")
-    table.add_row("user_state", f"{summary.user_state:,}")
-    table.add_row("user_profile", f"{summary.user_profile:,}")
+    for view in ("user_state", "user_profile", "item_profile", "item_stats"):
+        table.add_row(view, f"{getattr(summary, view):,}")
     table.add_row("seconds", f"{summary.seconds:.1f}")
     console.print(table)
 
