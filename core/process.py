@@ -9,6 +9,7 @@ import asyncio
 import gc
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def freeze_survivors(young_objects: int) -> None:
 
     What outlives its first look by the cyclic collector, which comes after `young_objects` more of them, is left to
     reference counts from then on. Python's own way walks what it has kept again and again, up to a second at a time.
+    What becomes a cycle without owners later (after errors, mostly) is found by `collect_when_idle` alone.
     """
 
     def freeze(phase: str, _: Mapping[str, int]) -> None:
@@ -94,6 +96,31 @@ def freeze_survivors(young_objects: int) -> None:
 
     gc.set_threshold(young_objects)
     gc.callbacks.append(freeze)
+
+
+async def collect_when_idle(
+    is_idle: Callable[[], bool], *, every_seconds: float = 600, latest_seconds: float = 21_600, look_seconds: float = 1
+) -> None:
+    """Looks at everything once in a while, what was frozen too, until cancelled.
+
+    Args:
+        is_idle: asked every `look_seconds` whether nobody would notice the process standing still, for some tenths of
+            a second per million objects.
+        every_seconds: how often it is due.
+        latest_seconds: it happens after so long, idle or not.
+        look_seconds: how often to ask.
+    """
+    last = time.monotonic()
+    while True:
+        await asyncio.sleep(look_seconds)
+        idle, since = is_idle(), time.monotonic() - last
+        if since >= latest_seconds or (idle and since >= every_seconds):
+            begin = time.monotonic()
+            gc.unfreeze()
+            found = gc.collect()
+            gc.freeze()
+            last = time.monotonic()
+            _log.info("looked at all objects", unreachable=found, pause_seconds=round(last - begin, 3), idle=idle)
 
 
 def freeze_heap() -> None:
