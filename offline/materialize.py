@@ -28,6 +28,7 @@ from features.definitions import (
     ColumnType,
 )
 from features.positions import Offsets
+from features.stores.definition import check_definition
 from features.stores.erasures import UnerasedLog
 from features.stores.layout import Cell, encode_cell
 from features.stores.online import ABSENT, OnlineStore, Write, read_offsets
@@ -97,7 +98,7 @@ def materialize(
 
     Raises:
         StageError: Redis does not answer.
-        ConfigError, ArtifactError: a log or bundle that cannot be read.
+        ConfigError, ArtifactError: a log or bundle that cannot be read; rows of another feature definition.
     """
     started = time.monotonic()
     log = UnerasedLog(log_root)
@@ -106,7 +107,7 @@ def materialize(
     replay.advance(read_entries(ImportedLog(log_root), end_ms=before_ms))
     store = OnlineStore(settings.redis, settings.features.project)
     try:
-        store.ping()
+        check_definition(store, settings.features)
         written = write_all(store, replay, users, bundle, settings, Reporter(shown=progress))
     finally:
         store.close()

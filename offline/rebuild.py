@@ -22,11 +22,12 @@ from features.definitions import ITEM_STATS
 from features.item_stats import ItemPartial
 from features.positions import Offsets
 from features.stores import erasures
+from features.stores.definition import check_definition
 from features.stores.erasures import Erasure, Erasures, UnerasedLog
 from features.stores.event_log import EventLog, in_order, user_events
 from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, USERS, LogTable, from_table
 from features.stores.log_positions import SOURCE, by_source, positions
-from features.stores.online import OnlineStore
+from features.stores.online import ITEM_STATS_IN_DOUBT, OnlineStore
 from headrace.v1.events_pb2 import Item, ItemStats, User
 from offline.logs import open_log, read_items
 from offline.materialize import MaterializeSummary, Origins, write_all
@@ -91,7 +92,7 @@ def rebuild(
 
     Raises:
         StageError: Redis does not answer.
-        ConfigError, ArtifactError: a log or bundle that cannot be read.
+        ConfigError, ArtifactError: a log or bundle that cannot be read; rows of another feature definition.
     """
     started = time.monotonic()
     if project:
@@ -115,6 +116,7 @@ def rebuild(
     try:
         written = _write(store, replay, users, bundle, settings, origins, records, Reporter(shown=progress))
         partitions = _write_markers(store, newest)
+        store.drop_text(ITEM_STATS_IN_DOUBT)
     finally:
         store.close()
     return RebuildSummary(
@@ -205,7 +207,7 @@ def _write(
     records: Sequence[Erasure],
     reporter: Reporter,
 ) -> dict[str, int]:
-    store.ping()
+    check_definition(store, settings.features)
     erasures.apply(store, erasures.pending(store, records))
     written = write_all(store, replay, users, bundle, settings, reporter, origins)
     # Sums of a whole log from before would count what the partitions' own sums count now.

@@ -7,6 +7,7 @@ event log's buffers and leaves the group, in this order.
 import asyncio
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Any
 
 from core.errors import StageError
 from core.kafka import KafkaProducer, topic_sources, wait_for_kafka
-from core.process import Process, freeze_heap, freeze_survivors
+from core.process import Process, collect_when_idle, freeze_heap, freeze_survivors
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
 from features.definitions import ITEM_PROFILE, USER_PROFILE
+from features.stores.definition import check_definition
 from features.stores.erasures import Erasures, erase_again
 from features.stores.online import OnlineStore
 from streams.app import QuietTopic, make_app
 from streams.broadcast import StatsBroadcast
 from streams.dead_letters import DeadLetters
+from streams.doubts import ItemDoubts
 from streams.popularity import PopularityWriter
 from streams.profiles import Erasing, ProfileProcessor, Removing
 from streams.reader import BatchReader
@@ -49,6 +52,7 @@ async def serve(settings: Settings, process: Process) -> None:
     state = {"problem": "waiting for kafka"}
     process.readiness.add("start", lambda: state["problem"] or None)
     process.open_admin(settings.streams.host, settings.streams.admin_port)
+    await asyncio.to_thread(_check_definition, settings)
     sources = await _wait_for_sources(settings, process)
     if sources is None:
         return
@@ -57,14 +61,18 @@ async def serve(settings: Settings, process: Process) -> None:
     process.readiness.add("reader", worker.reader.problem)
     process.readiness.add("partitions", worker.watchdog.problem)
     with tempfile.TemporaryDirectory(prefix="headrace-faust-") as folder:
+        collecting: asyncio.Task[None] | None = None
         app = worker.app = make_app(settings, worker.quiet_topics, worker.parts, Path(folder))
         try:
             await app.start()
             state["problem"] = ""
             freeze_heap()
             freeze_survivors(_YOUNG_OBJECTS)
+            collecting = asyncio.create_task(collect_when_idle(worker.is_idle))
             await _until_stopped(process, app)
         finally:
+            if collecting is not None:
+                collecting.cancel()
             stopping.set()
             await app.stop()
             await asyncio.to_thread(producer.close)
@@ -91,7 +99,7 @@ class Worker:
             StatsBroadcast(producer, topics.item_stats, streams.stats_broadcast_interval_ms),
             self.updater.mark,
             self.updater.sweep_soon,
-            erase_again=None if records is None else partial(erase_again, stores[1], records),
+            before_reading=partial(_before_reading, stores[1], settings, records, ItemDoubts(stores[1])),
         )
         self.watchdog = Watchdog(settings, self.processed, self.reader.skip_expired)
         # One of the group is enough: every worker would write the same.
@@ -117,6 +125,12 @@ class Worker:
             for topic, processor in processors(stores[3], stores[4]).items()
         }
         self.app: Any = None
+        self._seen: dict[tuple[str, int], int] = {}
+
+    def is_idle(self) -> bool:
+        """Whether nothing has come since this was asked last."""
+        seen, self._seen = self._seen, self.reader.processed()
+        return seen == self._seen
 
     def processed(self) -> dict[tuple[str, int], int]:
         """Newest offset of each topic-partition of this worker that has come to rest, -1 for none yet."""
@@ -124,6 +138,27 @@ class Worker:
         consumer = getattr(self.app, "consumer", None)
         quiet = [(tp.topic, tp.partition) for tp in consumer.assignment()] if consumer is not None else []
         return self.reader.processed() | {where: self.refill.position(*where) for where in quiet}
+
+
+def _check_definition(settings: Settings) -> None:
+    """Ends a worker whose settings do not fit the rows, if Redis is there to tell; else the reader finds out."""
+    store = OnlineStore(settings.redis, settings.features.project)
+    try:
+        check_definition(store, settings.features)
+    except StageError as error:
+        _log.debug("the rows' feature definition is not known yet", problem=str(error))
+    finally:
+        store.close()
+
+
+def _before_reading(
+    store: OnlineStore, settings: Settings, records: Erasures | None, doubts: ItemDoubts, partitions: Sequence[int]
+) -> None:
+    """What a store must stand before its markers are believed, whenever reading starts."""
+    check_definition(store, settings.features)
+    doubts.look(partitions)
+    if records is not None:
+        erase_again(store, records)
 
 
 async def _wait_for_sources(settings: Settings, process: Process) -> dict[str, int] | None:

@@ -31,6 +31,9 @@ ENCODE_FAILURES = counter("streams", "encode_failures", "Users that the candidat
 DIRTY_USERS = gauge("streams", "dirty_users", "Users that wait for a vector.")
 OLDEST_DIRTY = gauge("streams", "oldest_dirty_ms", "How long the longest waiting user has waited for a vector.")
 
+ITEM_STATS_IN_DOUBT = gauge(
+    "streams", "item_stats_in_doubt", "1 = a primary of the Redis Cluster has lost rows since the last rebuild."
+)
 BROADCASTS = counter("streams", "stats_broadcasts", "Item statistics sent to the replicas.")
 LOG_ROWS = counter("streams", "event_log_rows", "Rows written to the event log, by table.", ("table",))
 LOG_BUFFERED = gauge("streams", "event_log_buffered", "Rows that wait for the event log.")

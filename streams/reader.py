@@ -15,7 +15,7 @@ from typing import Any
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
 
 from core.clock import Clock, SystemClock
-from core.errors import StageError
+from core.errors import ConfigError, StageError
 from core.kafka import headers_of, topic_sources
 from core.settings import Settings
 from core.telemetry import get_logger
@@ -63,11 +63,12 @@ class BatchReader:
         on_dirty: Callable[[set[str]], None],
         on_taken: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
-        erase_again: Callable[[], object] | None = None,
+        before_reading: Callable[[Sequence[int]], object] = lambda _: None,
     ) -> None:
         self._settings = settings
-        # Before any marker is believed: erased users whose rows are back, or lost, are erased again.
-        self._erase_again = erase_again or (lambda: None)
+        # Before any marker is believed: rows of another definition stop the reading, erased users whose rows are back,
+        # or lost, are erased again.
+        self._before_reading = before_reading
         self._rows, self._dead_letters, self._sink, self._broadcast = rows, dead_letters, sink, broadcast
         # Told of users whose state has changed, and of partitions that this worker begins to read.
         self._on_dirty, self._on_taken = on_dirty, on_taken
@@ -139,7 +140,7 @@ class BatchReader:
         while not self._stopping.is_set():
             try:
                 self._session()
-            except (StageError, KafkaException) as error:
+            except (StageError, ConfigError, KafkaException) as error:
                 self._problem = str(error)
                 _log.warning("cannot read, trying again", problem=str(error))
             except Exception as error:  # noqa: BLE001 - whatever it is, the marker is where to go on
@@ -273,7 +274,7 @@ class BatchReader:
         waiting = sorted(self._owned - self._placed)
         if not waiting or self._clock.monotonic() < self._place_due:
             return
-        self._erase_again()
+        self._before_reading(waiting)
         starts: list[TopicPartition] = []
         targets: dict[Where, int] = {}
         for partition in waiting:

@@ -9,17 +9,14 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
-import redis
 from confluent_kafka.admin import AdminClient
 
 from core.kafka import KafkaProducer, Written, client_config
@@ -29,92 +26,58 @@ from devstack.child import tied
 from devstack.kafka_broker import FETCH_WAIT_MAX_MS
 from devstack.kafka_local import kafka_home, local_kafka_problem, local_kafka_spec
 from devstack.ports import Ports
-from devstack.redis_server import redis_spec, redis_url
 from devstack.topics import ensure_topics
+from features.stores.definition import check_definition
 from features.stores.erasures import Erasures, erase_again
 from features.stores.online import OnlineStore
 from streams.broadcast import StatsBroadcast
 from streams.dead_letters import DeadLetters
+from streams.doubts import ItemDoubts
 from streams.reader import BatchReader
 from streams.rows import Rows
 from streams.sink import EventLogSink
+from tests.redis_servers import Cluster, RedisServer, redis_cluster, single_redis, wait_until
 
 _NUMBERS = itertools.count()
-
-
-def wait_until(condition: Callable[[], object], timeout_seconds: float = 20, what: str = "") -> object:
-    """Asks again and again; returns the first true answer."""
-    end = time.monotonic() + timeout_seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, f"{what or condition} did not come true in {timeout_seconds} s"
-        time.sleep(0.005)
-    return result
-
-
-class RedisServer:
-    """A redis-server with its append-only file on, as the stack runs it."""
-
-    cluster = False
-
-    def __init__(self, folder: Path, port: int, *options: str) -> None:
-        self.folder, self.port, self.url = folder, port, redis_url(port)
-        self._spec = redis_spec(folder, port)
-        self._command = (*self._spec.command, *options)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(tied(self._command), stdout=subprocess.DEVNULL)
-        wait_until(lambda: self._spec.ready_problem() is None, what="redis")
-
-    def kill(self) -> None:
-        """kill -9: what was written is in the append-only file."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
-        self._process = None
-
-    def keep_aof(self) -> Path:
-        """A copy of the append-only file as it is now."""
-        copy = self.folder / "kept.aof"
-        shutil.copy(self.folder / "appendonly.aof", copy)
-        return copy
-
-    def restore_aof(self, copy: Path) -> None:
-        """The server (stopped) will come up as it was when the copy was made."""
-        shutil.copy(copy, self.folder / "appendonly.aof")
-
-    def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self.kill()
-
-
-@contextmanager
-def _redis(folder: Path) -> Iterator[RedisServer]:
-    ports = Ports()
-    server = RedisServer(folder, ports.take("redis"))
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        ports.close()
 
 
 @pytest.fixture(scope="session")
 def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One server for all tests that do not kill it; each takes a project of its own."""
-    with _redis(tmp_path_factory.mktemp("redis")) as server:
+    with single_redis(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A server that this test may kill, cut and flush."""
-    with _redis(tmp_path / "redis") as server:
+    with single_redis(tmp_path / "redis") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """As shared_redis."""
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """As own_redis."""
+    with redis_cluster(tmp_path / "cluster") as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["redis", "cluster"])
+def each_shared_redis(request: pytest.FixtureRequest) -> RedisServer | Cluster:
+    """For what must hold of a single Redis and of a cluster."""
+    return request.getfixturevalue(f"shared_{request.param}")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["redis", "cluster"])
+def each_own_redis(request: pytest.FixtureRequest) -> RedisServer | Cluster:
+    return request.getfixturevalue(f"own_{request.param}")  # type: ignore[no-any-return]
 
 
 def pytest_report_header() -> str:
@@ -198,7 +161,7 @@ def stream_settings(kafka: dict[str, object], tmp_path: Path) -> Iterator[Callab
     """Makes settings with topics, a group and a project of their own on the shared broker."""
     made: list[Settings] = []
 
-    def make(redis_server: RedisServer, **streams: object) -> Settings:
+    def make(redis_server: RedisServer | Cluster, **streams: object) -> Settings:
         name = f"t{uuid4().hex[:8]}x{next(_NUMBERS)}"
         overrides = {
             "kafka": {**kafka, "topic_prefix": name},
@@ -230,10 +193,12 @@ class ReaderPart:
     """The reader of one worker with its rows, sink and broadcast; no embeddings, no Faust."""
 
     def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+        self._settings = settings
         topics = Topics(settings.kafka.topic_prefix)
         self.store = OnlineStore(settings.redis, settings.features.project)
         self.sink = EventLogSink(settings.streams, topics) if settings.streams.event_log_path else None
         self.records = Erasures(settings.streams.event_log_path)
+        self.doubts = ItemDoubts(self.store)
         self.dirty: set[str] = set()
         self.reader = BatchReader(
             settings,
@@ -242,7 +207,7 @@ class ReaderPart:
             self.sink,
             StatsBroadcast(producer, topics.item_stats, settings.streams.stats_broadcast_interval_ms),
             self.dirty.update,
-            erase_again=self._erase_again,
+            before_reading=self._before_reading,
         )
 
     def start(self) -> "ReaderPart":
@@ -256,7 +221,9 @@ class ReaderPart:
         if self.sink is not None:
             self.sink.stop()
 
-    def _erase_again(self) -> None:
+    def _before_reading(self, partitions: Sequence[int]) -> None:
+        check_definition(self.store, self._settings.features)
+        self.doubts.look(partitions)
         if self.sink is not None:
             erase_again(self.store, self.records)
 

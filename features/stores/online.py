@@ -5,7 +5,8 @@ layout. Invariant, the row rule: a guarded write names the bytes that the writer
 revision) and takes effect only if they are still there, in one step on one key. Writes are never retried silently
 and a changed Redis shows itself as StoreChangedError: whoever wrote before it must go back to the marker. In a cluster
 each primary has its own copy of a marker and the oldest counts: a primary that lost rows has lost the marker with them.
-(Item statistics that one primary alone lost need `headrace rebuild`: users' rows elsewhere say they were counted.)
+(Item statistics that one primary alone lost need `headrace rebuild`: users' rows elsewhere say they were counted. The
+stream worker notices that a primary is another one and says so, see streams/doubts.py.)
 """
 
 import hashlib
@@ -52,6 +53,8 @@ _COMPARE_AND_SET_SHA, _COMPARE_AND_PUT_SHA, _COMPARE_AND_REPLACE_SHA = (
     hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest().encode() for script in _SCRIPTS
 )
 ABSENT = b""
+# Name of the text that is there from such a loss to the next rebuild.
+ITEM_STATS_IN_DOUBT = "item-stats-in-doubt"
 
 
 class StoreChangedError(StageError):
@@ -98,6 +101,16 @@ class OnlineStore:
         self._link: Link = (ClusterLink if settings.cluster else RedisLink)(settings, _SCRIPTS)
         # Each copy of a marker as last read or written.
         self._copies: dict[bytes, bytes] = {}
+        # How often StoreChangedError was raised.
+        self.changes = 0
+
+    def is_cluster(self) -> bool:
+        """Whether rows lie on more than one Redis. Raises StageError."""
+        return len(self._run(self._link.homes)) > 1
+
+    def is_torn(self, partition: int) -> bool:
+        """Whether the copies of a marker differed when they were last read."""
+        return len({self._copies.get(key, ABSENT) for key in self._keys(_marker(partition))}) > 1
 
     def ping(self) -> None:
         for home in self._run(self._link.homes):
@@ -215,6 +228,20 @@ class OnlineStore:
                 self._copies.update(dict.fromkeys(keys, value))
         return done
 
+    def put_text(self, name: str, text: str) -> str:
+        """Keeps a text under a name where there is none yet; returns what is there."""
+        key = f"{self._project}:{name}".encode()
+        _, kept = self._send([(b"SET", key, text, b"NX"), (b"GET", key)])
+        return bytes(kept or b"").decode()
+
+    def read_text(self, name: str) -> str | None:
+        """What is kept under a name by `put_text`."""
+        (kept,) = self._send([(b"GET", f"{self._project}:{name}".encode())])
+        return None if kept is None else bytes(kept).decode()
+
+    def drop_text(self, name: str) -> None:
+        self._send([(b"DEL", f"{self._project}:{name}".encode())])
+
     def keys_of(self, view: View, batch: int = 1000) -> Iterable[str]:
         """Entity values of a single-entity view, by scanning; for sweeps and tools."""
         prefix = row_key("", view.join_keys, ("",))[:-4]
@@ -259,6 +286,7 @@ class OnlineStore:
         try:
             return call(*args)
         except AnotherRedisError as error:
+            self.changes += 1
             raise StoreChangedError from error
         except redis.RedisError as error:
             raise StageError("redis", f"{type(error).__name__}: {error}") from error

@@ -126,7 +126,9 @@ def test_a_worker_is_killed_comes_back_and_ends_cleanly(worker, kafka_producer) 
         for row in pq.read_table(path, columns=["topic", "partition", "offset"], partitioning=None).to_pylist()
     )
     assert logged == Counter((one.topic, one.partition, one.offset) for one in written)
-    assert not [line for line in worker.log_lines() if "Traceback" in line or "[error" in line]
+    # A machine under load may miss a heartbeat of so short a session; nothing else may go wrong.
+    lines = [line for line in worker.log_lines() if "Heartbeat session expired" not in line]
+    assert not [line for line in lines if "Traceback" in line or "[error" in line]
 
 
 def test_items_and_users_become_rows_and_tombstones_remove_them(worker, kafka_producer) -> None:
@@ -200,6 +202,24 @@ def test_without_kafka_it_waits_unready_and_ends_on_sigterm(shared_redis, stream
     assert http_problem(worker.port, "/live") is None
     assert worker.end(signal.SIGTERM) == 0
     worker._ports.close()
+
+
+def test_with_another_feature_definition_it_ends_and_says_what_to_run(worker, kafka_producer) -> None:
+    worker.start()
+    assert worker.end(signal.SIGTERM) == 0
+    changed = {"HEADRACE_FEATURES__HALF_LIVES_SECONDS": "[60, 600]"}
+    done = subprocess.run(
+        tied(python_module("streams")),
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", **worker._environment, **changed},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("streams: ")]
+    assert "half_lives_seconds was" in line
+    assert "`headrace rebuild --project NEW`" in line
 
 
 def test_the_settings_can_be_checked_without_starting() -> None:
