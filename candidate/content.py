@@ -52,6 +52,12 @@ class Content:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def any(self) -> npt.NDArray[np.bool_]:
+        """Whether anything is known of each item [n]."""
+        sizes = np.diff(self.categories.offsets) + np.diff(self.words.offsets)
+        known: npt.NDArray[np.bool_] = (sizes > 0) | ~np.isnan(self.numbers).all(axis=1)
+        return known
+
     def take(self, at: Ints) -> "Content":
         return Content(self.categories.take(at), self.words.take(at), self.numbers[at])
 

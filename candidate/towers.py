@@ -1,8 +1,9 @@
 """The two towers: a sequential one for users, one of ids and content for items; both give unit vectors.
 
 Trained by offline/training/towers.py, loaded by the candidate service. The user tower is causal self-attention over
-the last interactions (Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018), pre-norm, aware of
-kind, time gap and weight; the item tower adds an id part, for items that it was trained on, to a content part.
+the last interactions (Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018), pre-norm with gated
+residuals (Borisyuk et al., "LiGR", 2025) behind a short causal convolution, aware of kind, time gap and weight; the
+item tower adds an id part, for items that it was trained on, to a content part.
 Invariant: `embedding_version` names weights and configuration; vectors of two versions never meet.
 """
 
@@ -26,7 +27,9 @@ from core.bundle import TOWERS, TOWERS_CONFIG
 from core.errors import ArtifactError
 from features.catalog import CATEGORY_VOCABULARY
 
-FORMAT = 1
+FORMAT = 2
+# How many steps before each one its input takes in, ahead of the attention: what follows what is mostly local.
+_CONVOLVED = 3
 # Inverse temperature: where it begins and where it ends at most.
 _FIRST_SCALE, _MAX_SCALE = 12.0, 60.0
 
@@ -74,11 +77,13 @@ class MaskDropout(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention and feed-forward."""
+    """Pre-norm self-attention and feed-forward, each behind a gate that is made of its input."""
 
     def __init__(self, dimension: int, heads: int, dropout: float) -> None:
         super().__init__()
         self._heads = heads
+        self.gate_attention = nn.Linear(dimension, dimension)
+        self.gate_feed = nn.Linear(dimension, dimension)
         self.norm_attention = nn.LayerNorm(dimension)
         self.query = nn.Linear(dimension, dimension)
         self.key_value = nn.Linear(dimension, 2 * dimension)
@@ -92,7 +97,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """All positions, each seeing itself and those before. [B, T, d] -> [B, T, d]."""
         normed = self.norm_attention(x)
-        return self._finish(x, self._attend(normed, normed, None))
+        return self._finish(x, normed, self._attend(normed, normed, None))
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:
         """The last position of each row alone. [B, T, d], [B] -> [B, d]."""
@@ -101,8 +106,8 @@ class Block(nn.Module):
         visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         # A row without history sees its padding: no NaN, and the caller drops it.
         visible = (visible | (lengths == 0)[:, None])[:, None, None, :]
-        attended = self._attend(normed.gather(1, at), normed, visible)
-        return self._finish(x.gather(1, at), attended)[:, 0]
+        newest = normed.gather(1, at)
+        return self._finish(x.gather(1, at), newest, self._attend(newest, normed, visible))[:, 0]
 
     def _attend(self, queries: Tensor, context: Tensor, visible: Tensor | None) -> Tensor:
         query = self._split(self.query(queries))
@@ -113,9 +118,10 @@ class Block(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self._heads, -1).transpose(1, 2)
 
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.drop(attended)
-        return x + cast(Tensor, self.drop(self.feed(self.norm_feed(x))))
+    def _finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+        x = x + cast(Tensor, self.drop(attended * torch.sigmoid(self.gate_attention(normed))))
+        normed = self.norm_feed(x)
+        return x + cast(Tensor, self.drop(self.feed(normed) * torch.sigmoid(self.gate_feed(normed))))
 
 
 class UserTower(nn.Module):
@@ -129,6 +135,7 @@ class UserTower(nn.Module):
         self.gap = nn.Embedding(GAP_BUCKETS, d)
         self.position = nn.Embedding(config.history_length, d)
         self.weight = nn.Parameter(torch.zeros(d))
+        self.convolution = nn.Parameter(torch.zeros(_CONVOLVED, d))
         self.blocks = nn.ModuleList(Block(d, config.heads, config.dropout) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(d)
         self.out = nn.Linear(d, d)
@@ -141,7 +148,7 @@ class UserTower(nn.Module):
         x = self._enter(items, kinds, gaps, weights)
         for block in self.blocks:
             x = block(x)
-        return functional.normalize(self.out(self.norm(x)), dim=-1)
+        return functional.normalize(self.out(self.norm(x)).float(), dim=-1)
 
     def last(self, items: Tensor, kinds: Tensor, gaps: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
         """The vector of each row's last step; the final block does that position only. -> [B, d]."""
@@ -149,12 +156,16 @@ class UserTower(nn.Module):
         for block in list(self.blocks)[:-1]:
             x = block(x)
         newest = cast(Block, self.blocks[-1]).last(x, lengths)
-        return functional.normalize(self.out(self.norm(newest)), dim=-1)
+        return functional.normalize(self.out(self.norm(newest)).float(), dim=-1)
 
     def _enter(self, items: Tensor, kinds: Tensor, gaps: Tensor, weights: Tensor) -> Tensor:
         x = self.item(items) * math.sqrt(items.shape[-1])
         x = x + self.kind(kinds) + self.gap(gaps) + self.position.weight[: items.shape[1]]
-        return cast(Tensor, self.drop(x + weights[..., None] * self.weight))
+        x = x + weights[..., None] * self.weight
+        before = functional.pad(x, (0, 0, _CONVOLVED, 0))
+        for steps in range(1, _CONVOLVED + 1):
+            x = x + before[:, _CONVOLVED - steps : -steps] * self.convolution[steps - 1]
+        return cast(Tensor, self.drop(x))
 
 
 class ItemTower(nn.Module):

@@ -260,6 +260,10 @@ class OfflineSettings(_Section):
     blocks: Positive
     heads: Positive
     dropout: Share
+    teacher_blocks: Annotated[int, Field(ge=0)]
+    teacher_history_length: Positive
+    teacher_dropout: Share
+    teacher_share: Share
     learning_rate: Annotated[float, Field(gt=0)]
     batch_size: Positive
     max_epochs: Positive

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: weights, best weights, optimiser and progress in one safetensors file.
+"""Checkpoints of a training: weights, their average, the best, optimiser and progress in one safetensors file.
 
 Invariant: one file, replaced by one rename, so a training that is killed goes on from a whole epoch.
 """
@@ -42,11 +42,12 @@ class Checkpoint:
         self.progress = Progress(fingerprint)
         self.best: dict[str, Tensor] = {}
 
-    def keep_best(self, model: nn.Module) -> None:
-        self.best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    def keep_best(self, weights: dict[str, Tensor]) -> None:
+        self.best = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        tensors |= {f"average.{name}": tensor.cpu() for name, tensor in average.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value.detach().cpu() for key, value in values.items()}
@@ -56,8 +57,11 @@ class Checkpoint:
         save_file(whole, temporary, metadata={"progress": json.dumps(asdict(self.progress))})
         temporary.replace(self._path)
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-        """Takes up an earlier run of the same data and settings; False where there is none."""
+    def resume(self, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> bool:
+        """Takes up an earlier run of the same data and settings; False where there is none.
+
+        The weights of `average` are overwritten in place.
+        """
         try:
             with safe_open(self._path, framework="pt") as file:
                 progress = Progress(**json.loads(file.metadata()["progress"]))
@@ -70,6 +74,8 @@ class Checkpoint:
             _log.warning("checkpoint cannot be read, starting anew", path=str(self._path), error=str(error)[:200])
             return False
         model.load_state_dict(_below("model.", tensors))
+        for name, tensor in _below("average.", tensors).items():
+            average[name].copy_(tensor)
         self.best = _below("best.", tensors)
         state: dict[int, dict[str, Any]] = {}
         for name, tensor in _below("optimizer.", tensors).items():

@@ -17,7 +17,7 @@ from features.stores.event_log import EventLog, user_events
 from features.stores.event_rows import EVENTS, ITEMS, to_table
 from features.windows import UserState
 from headrace.v1.events_pb2 import Event, Item
-from offline.training import towers as towers_module
+from offline.training import trainer as towers_module
 from offline.training.checkpoint import Checkpoint
 from offline.training.interactions import hold_out, load_steps
 from offline.training.towers import CURVE, TrainedTowers, train_towers
