@@ -57,14 +57,14 @@ _DENSE: dict[str, dict[str, Any]] = {
 _SPARSE: dict[str, dict[str, Any]] = {
     "features": {"history_length": 50},
     "offline": {
-        "dimension": 128,
+        "dimension": 64,
         "blocks": 1,
         "heads": 2,
         "dropout": 0.5,
         "teacher_blocks": 0,
-        "learning_rate": 1e-3,
-        "batch_size": 256,
-        "max_epochs": 30,
+        "learning_rate": 2e-3,
+        "batch_size": 128,
+        "max_epochs": 24,
         "patience_epochs": 6,
     },
 }

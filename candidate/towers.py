@@ -140,6 +140,9 @@ class UserTower(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.out = nn.Linear(d, d)
         self.drop = MaskDropout(config.dropout)
+        # At first a user is the item before: what is near what is learnt sooner from there.
+        nn.init.eye_(self.item.weight)
+        nn.init.eye_(self.out.weight)
         for table in (self.kind, self.gap, self.position):
             nn.init.normal_(table.weight, std=0.1)
 
