@@ -32,6 +32,8 @@ FORMAT = 2
 _CONVOLVED = 3
 # Inverse temperature: where it begins and where it ends at most.
 _FIRST_SCALE, _MAX_SCALE = 12.0, 60.0
+# Spread of weights that begin as next to nothing.
+_SMALL = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,6 @@ class UserTower(nn.Module):
     def __init__(self, config: TowersConfig) -> None:
         super().__init__()
         d = config.dimension
-        self.item = nn.Linear(d, d, bias=False)
         self.kind = nn.Embedding(len(config.kinds) + 1, d)
         self.gap = nn.Embedding(GAP_BUCKETS, d)
         self.position = nn.Embedding(config.history_length, d)
@@ -138,20 +139,16 @@ class UserTower(nn.Module):
         self.convolution = nn.Parameter(torch.zeros(_CONVOLVED, d))
         self.blocks = nn.ModuleList(Block(d, config.heads, config.dropout) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(d)
-        self.out = nn.Linear(d, d)
         self.drop = MaskDropout(config.dropout)
-        # At first a user is the item before: what is near what is learnt sooner from there.
-        nn.init.eye_(self.item.weight)
-        nn.init.eye_(self.out.weight)
         for table in (self.kind, self.gap, self.position):
-            nn.init.normal_(table.weight, std=0.1)
+            nn.init.normal_(table.weight, std=_SMALL)
 
     def forward(self, items: Tensor, kinds: Tensor, gaps: Tensor, weights: Tensor) -> Tensor:
         """A vector for each position, as if it were the last. [B, T, d], [B, T] x 3 -> [B, T, d]."""
         x = self._enter(items, kinds, gaps, weights)
         for block in self.blocks:
             x = block(x)
-        return functional.normalize(self.out(self.norm(x)).float(), dim=-1)
+        return functional.normalize(self.norm(x).float(), dim=-1)
 
     def last(self, items: Tensor, kinds: Tensor, gaps: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
         """The vector of each row's last step; the final block does that position only. -> [B, d]."""
@@ -159,10 +156,10 @@ class UserTower(nn.Module):
         for block in list(self.blocks)[:-1]:
             x = block(x)
         newest = cast(Block, self.blocks[-1]).last(x, lengths)
-        return functional.normalize(self.out(self.norm(newest)).float(), dim=-1)
+        return functional.normalize(self.norm(newest).float(), dim=-1)
 
     def _enter(self, items: Tensor, kinds: Tensor, gaps: Tensor, weights: Tensor) -> Tensor:
-        x = self.item(items) * math.sqrt(items.shape[-1])
+        x = items * math.sqrt(items.shape[-1])
         x = x + self.kind(kinds) + self.gap(gaps) + self.position.weight[: items.shape[1]]
         x = x + weights[..., None] * self.weight
         before = functional.pad(x, (0, 0, _CONVOLVED, 0))
@@ -185,10 +182,15 @@ class ItemTower(nn.Module):
         self.words = nn.EmbeddingBag(WORD_BUCKETS, d, mode="sum", include_last_offset=True)
         self.numbers = nn.Linear(NUMBERS, d, bias=False)
         self.mix = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, d))
+        # What all items share. Before this, an item that training met seldom stays small, and so near all others of its
+        # kind: a unit vector of its own would be noise that outranks what is known.
+        self.shared = nn.Parameter(functional.normalize(torch.randn(d), dim=0))
         self.register_buffer("number_mean", torch.zeros(NUMBERS))
         self.register_buffer("number_scale", torch.ones(NUMBERS))
-        nn.init.normal_(self.ids.weight, std=0.1)
-        nn.init.normal_(self.categories.weight, std=0.1)
+        for weight in (self.ids.weight, self.categories.weight, self.numbers.weight):
+            nn.init.normal_(weight, std=_SMALL)
+        nn.init.zeros_(self.mix[-1].weight)
+        nn.init.zeros_(self.mix[-1].bias)
         # A word that training never met must say nothing, not noise.
         nn.init.zeros_(self.words.weight)
 
@@ -217,7 +219,8 @@ class ItemTower(nn.Module):
         has_id = (ids >= 0).to(by_content.dtype)
         if ids_kept is not None:
             has_id = has_id * ids_kept
-        return functional.normalize(by_content + self.ids(ids.clamp(min=0)) * has_id[:, None], dim=-1)
+        own = by_content + self.ids(ids.clamp(min=0)) * has_id[:, None]
+        return functional.normalize(self.shared + own.float(), dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +249,9 @@ class Towers(nn.Module):
         self.config = config
         self.user = UserTower(config)
         self.item = ItemTower(config)
+        # The user tower reads items without what they share: it says nothing of the user.
+        with torch.no_grad():
+            self.user.position.weight -= self.item.shared * math.sqrt(config.dimension)
         self.log_scale = nn.Parameter(torch.tensor(math.log(_FIRST_SCALE)))
         self.id_row = {item_id: row for row, item_id in enumerate(config.item_ids)}
 
