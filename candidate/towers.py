@@ -181,7 +181,8 @@ class ItemTower(nn.Module):
         self.categories = nn.EmbeddingBag(CATEGORY_VOCABULARY, d, mode="sum", include_last_offset=True)
         self.words = nn.EmbeddingBag(WORD_BUCKETS, d, mode="sum", include_last_offset=True)
         self.numbers = nn.Linear(NUMBERS, d, bias=False)
-        self.mix = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, d))
+        mixed = nn.Linear(2 * d, d)
+        self.mix = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), mixed)
         # What all items share. Before this, an item that training met seldom stays small, and so near all others of its
         # kind: a unit vector of its own would be noise that outranks what is known.
         self.shared = nn.Parameter(functional.normalize(torch.randn(d), dim=0))
@@ -189,8 +190,8 @@ class ItemTower(nn.Module):
         self.register_buffer("number_scale", torch.ones(NUMBERS))
         for weight in (self.ids.weight, self.categories.weight, self.numbers.weight):
             nn.init.normal_(weight, std=_SMALL)
-        nn.init.zeros_(self.mix[-1].weight)
-        nn.init.zeros_(self.mix[-1].bias)
+        nn.init.zeros_(mixed.weight)
+        nn.init.zeros_(mixed.bias)
         # A word that training never met must say nothing, not noise.
         nn.init.zeros_(self.words.weight)
 
