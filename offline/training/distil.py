@@ -78,17 +78,23 @@ class TeacherVectors:
         users = torch.from_numpy(self.users[steps]).to(self.device).float() * self.towers.scale()
         return Teacher(users.to(precision), self.items.to(precision), self.share)
 
-    def lend_items(self, student: Towers) -> None:
-        """Starts the student's item tower as a copy of its own.
+    def start(self, student: Towers) -> None:
+        """Gives the student its own weights to begin with: item tower, first blocks, first positions.
 
         Raises:
             ConfigError: they differ in dimension, or were trained on other items.
         """
         ours, theirs = self.towers.config, student.config
-        if (ours.dimension, ours.item_ids) != (theirs.dimension, theirs.item_ids):
+        if (ours.dimension, ours.heads, ours.item_ids) != (theirs.dimension, theirs.heads, theirs.item_ids):
             raise ConfigError("teacher and student must have one dimension and be trained on the same items")
-        student.item.load_state_dict(self.towers.item.state_dict())
-        student.log_scale.data.copy_(self.towers.log_scale)
+        if ours.blocks < theirs.blocks or ours.history_length < theirs.history_length:
+            raise ConfigError(
+                "offline.teacher_blocks and teacher_history_length must not be below offline.blocks and "
+                "features.history_length: a teacher is the larger one"
+            )
+        own = self.towers.state_dict()
+        own["user.position.weight"] = own["user.position.weight"][: theirs.history_length]
+        student.load_state_dict({**student.state_dict(), **{name: own[name] for name in student.state_dict()}})
 
 
 def _overlapping(first: Ints, last: Ints, length: int) -> tuple[Ints, Ints, Ints]:

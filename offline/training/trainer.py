@@ -104,7 +104,7 @@ class TowerTrainer:
         torch.manual_seed(offline.seed)
         self.towers = Towers(config).to(device)
         if teacher:
-            teacher.lend_items(self.towers)
+            teacher.start(self.towers)
         else:
             self.towers.item.fit_numbers(self._content_tensors.numbers)
         self._average = {name: tensor.clone() for name, tensor in self.towers.state_dict().items()}

@@ -1,13 +1,17 @@
-"""Tower training: what counts as a step, the split by time, resuming, limits."""
+"""Tower training: what counts as a step, the split by time, resuming, limits, learning from a teacher."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from candidate import history
-from candidate.towers import load_towers
+from candidate.encoder import UserEncoder
+from candidate.history import Sequences
+from candidate.towers import Towers, load_towers
 from core.codec import from_ms
 from core.errors import ConfigError
 from core.settings import Settings, load_settings
@@ -19,6 +23,7 @@ from features.windows import UserState
 from headrace.v1.events_pb2 import Event, Item
 from offline.training import trainer as towers_module
 from offline.training.checkpoint import Checkpoint
+from offline.training.distil import TeacherVectors
 from offline.training.interactions import hold_out, load_steps
 from offline.training.towers import CURVE, TrainedTowers, train_towers
 
@@ -230,3 +235,42 @@ def test_a_small_log_holds_out_the_last_step_of_each_user(settings: Settings, tm
     held, training = hold_out(steps, 0.1, 1000, seed=1)
     assert held.target.tolist() == (steps.starts[1:] - 1).tolist()
     assert len(training) == 40
+
+
+def test_a_teacher_helps_a_smaller_tower(train: Train) -> None:
+    alone = train("alone", max_epochs=3)
+    taught = train("taught", max_epochs=3, teacher_blocks=2, teacher_history_length=60, teacher_share=0.5)
+    assert taught.teacher is not None
+    assert alone.teacher is None
+    assert len(taught.teacher.towers.user.blocks) == 2
+    assert len(taught.towers.user.blocks) == 1
+    # The student starts from the teacher's weights: three epochs take it further.
+    assert taught.metrics["towers_ndcg_at_10"] > alone.metrics["towers_ndcg_at_10"]
+
+
+def test_a_teacher_speaks_of_every_step_with_context(
+    train: Train, chains: tuple[EventLog, list[Item]], settings: Settings
+) -> None:
+    trained = train(teacher_blocks=1, teacher_history_length=50).teacher
+    assert trained is not None
+    steps = load_steps(chains[0], chains[1], settings.features, None)
+    ends = steps.starts[1:] - 1
+    rows = np.unique(steps.rows)
+    vectors = TeacherVectors.of(trained.towers, trained.item_vectors, steps, ends, rows, 0.5, "cpu", torch.float32)
+    assert (np.abs(vectors.users).sum(axis=1) > 0).sum() == (ends - steps.starts[:-1]).sum()
+    # As if the step were the user's last one.
+    encoder = UserEncoder(trained.towers, settings.features)
+    first = steps.starts[0]
+    whole, _ = encoder.encode_steps(steps, np.array([first]), np.array([first + 6]), trained.item_vectors)
+    assert np.allclose(vectors.users[first + 5].astype(np.float32), whole[0], atol=2e-3)
+
+
+def test_a_teacher_of_other_items_is_refused(train: Train) -> None:
+    one = train(teacher_blocks=1).teacher
+    assert one is not None
+    steps = Sequences(np.array([0, 1]), *(np.zeros(1, np.int64),) * 2, np.ones(1, np.float32), np.zeros(1, np.int64))
+    vectors = TeacherVectors.of(
+        one.towers, one.item_vectors, steps, np.array([1]), np.array([0]), 0.5, "cpu", torch.float32
+    )
+    with pytest.raises(ConfigError, match="same items"):
+        vectors.start(Towers(replace(one.towers.config, dimension=8)))
