@@ -36,9 +36,9 @@ class LeaveOneOut:
         """Every `share`-th user is validated and tested, and trained on."""
         steps, training = self.training.steps, self.training
         chosen = np.arange(len(steps.starts) - 1) % share == 0
-        ends = np.where(chosen, training.ends, steps.starts[:-1])
+        ends, refit_ends = (np.where(chosen, part, steps.starts[:-1]) for part in (training.ends, training.refit_ends))
         return LeaveOneOut(
-            TowersData(training.items, steps, ends, _chosen(training.held, steps, chosen)),
+            TowersData(training.items, steps, ends, _chosen(training.held, steps, chosen), refit_ends, training.ids),
             _chosen(self.test, steps, chosen),
         )
 
@@ -88,8 +88,10 @@ def _split(whole: Sequence[Sequence[int]], trained: Sequence[int], validates: Se
     last = starts[1:] - 1
     chosen = np.flatnonzero(np.asarray(validates))
     held = _predicted(starts[:-1][chosen], last[chosen] - 1)
+    ends = starts[:-1] + np.asarray(trained, np.int64)
     return LeaveOneOut(
-        TowersData(items, steps, starts[:-1] + np.asarray(trained, np.int64), held), _predicted(starts[:-1], last)
+        TowersData(items, steps, ends, held, refit_ends=last, ids=np.arange(len(items))),
+        _predicted(starts[:-1], last),
     )
 
 

@@ -36,6 +36,8 @@ DATA_VARIABLE = "HEADRACE_DATA"
 _DATA = Path("../shared/data")
 _FILES = {"ml-1m-gsasrec": "ml-1m-gsasrec", "amazon-beauty": "amazon-beauty/Beauty.txt"}
 _LARGE, _SERVING = "large", "serving"
+# The serving tower before it learnt from the validation items, too; told where the refit is on.
+_VALIDATED = "validated"
 # Long, dense histories; and short, sparse ones.
 _DENSE: dict[str, dict[str, Any]] = {
     "features": {"history_length": 50},
@@ -52,6 +54,8 @@ _DENSE: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "max_epochs": 14,
         "patience_epochs": 14,
+        # The split has its own rule of what may be trained on.
+        "refit_epochs": 0,
     },
 }
 _SPARSE: dict[str, dict[str, Any]] = {
@@ -64,8 +68,9 @@ _SPARSE: dict[str, dict[str, Any]] = {
         "teacher_blocks": 0,
         "learning_rate": 2e-3,
         "batch_size": 128,
-        "max_epochs": 24,
+        "max_epochs": 18,
         "patience_epochs": 6,
+        "refit_epochs": 3,
     },
 }
 _SPEED_SECONDS = 3.0
@@ -128,7 +133,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     best = _LARGE if _LARGE in rows[0] else _SERVING
     mean = {
         name: {key: statistics.fmean(row[name][key] for row in rows) for key in rows[0][name]}
-        for name in (_LARGE, _SERVING)
+        for name in (_LARGE, _VALIDATED, _SERVING)
         if name in rows[0]
     }
     return {
@@ -163,7 +168,7 @@ def _train(data: LeaveOneOut, settings: Settings, folder: Path, device: str) -> 
         return
     started = time.monotonic()
     trained = fit_towers(data.training, settings, folder / "work", device=device)
-    for name, one in ((_LARGE, trained.teacher), (_SERVING, trained)):
+    for name, one in ((_LARGE, trained.teacher), (_VALIDATED, trained.validated), (_SERVING, trained)):
         if one is not None:
             (folder / name).mkdir(parents=True)
             save_towers(one.towers, folder / name)
@@ -172,7 +177,7 @@ def _train(data: LeaveOneOut, settings: Settings, folder: Path, device: str) -> 
 
 
 def _judge(data: LeaveOneOut, settings: Settings, folder: Path) -> dict[str, Any]:
-    found = [name for name in (_LARGE, _SERVING) if (folder / name).is_dir()]
+    found = [name for name in (_LARGE, _VALIDATED, _SERVING) if (folder / name).is_dir()]
     if _SERVING not in found:
         raise ConfigError(f"{folder} holds no trained towers; train with --work {folder.parent} first")
     result: dict[str, Any] = {}

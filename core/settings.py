@@ -270,6 +270,7 @@ class OfflineSettings(_Section):
     patience_epochs: Positive
     max_train_seconds: Annotated[int, Field(ge=0)]
     validation_share: Share
+    refit_epochs: Annotated[int, Field(ge=0)]
     ranker_epochs: Positive
     ranker_negatives: Positive
     ranker_max_rows: Positive

@@ -29,6 +29,10 @@ class Held:
     end: Ints
     target: Ints
 
+    @classmethod
+    def nothing(cls) -> "Held":
+        return cls(*(np.zeros(0, np.int64) for _ in range(3)))
+
 
 def load_steps(log: EventLog, items: Sequence[Item], settings: FeaturesSettings, before_ms: int | None) -> Sequences:
     """Steps of every user; rows are positions in `items`.

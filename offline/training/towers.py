@@ -1,8 +1,9 @@
 """Trains the user and the item tower on the positive interactions of an event log.
 
 Called by offline/train.py. The newest part of the log, by event time, chooses the epoch to keep (NDCG@10, full
-ranking, seen items left out). With `offline.teacher_blocks`, a larger user tower is trained first, and the one that
-serves learns from it. Invariant: nothing at or after `before_ms` is read.
+ranking, seen items left out); in the end that part is learnt, too (`offline.refit_epochs`). With
+`offline.teacher_blocks`, a larger user tower is trained first, and the one that serves learns from it. Invariant:
+nothing at or after `before_ms` is read.
 """
 
 import json
@@ -25,14 +26,16 @@ from core.telemetry import get_logger
 from features.stores.event_log import EventLog
 from headrace.v1.events_pb2 import Item
 from offline.training.distil import TeacherVectors
-from offline.training.interactions import hold_out, load_steps
+from offline.training.interactions import Held, hold_out, load_steps
 from offline.training.precision import products_precision
-from offline.training.trainer import TowersData, TowerTrainer, trained_rows
+from offline.training.trainer import TowersData, TowerTrainer
 
 _log = get_logger("training")
 
 CURVE = "towers_curve.json"
 VALIDATION_TARGETS = 2000
+# The learning rate of the refit begins at this share of that of the training.
+REFIT_RATE_SHARE = 0.3
 
 
 @dataclass
@@ -44,6 +47,8 @@ class TrainedTowers:
     metrics: dict[str, float]
     # The larger ones that they learnt from, if any.
     teacher: "TrainedTowers | None" = None
+    # They themselves as validated, before they learnt from what was held out, too.
+    validated: "TrainedTowers | None" = None
 
 
 def train_towers(
@@ -77,7 +82,11 @@ def train_towers(
     in_training[train + 1] = 1
     # What is trained on is the older part of each user's steps.
     ends = steps.starts[:-1] + np.diff(np.cumsum(in_training)[steps.starts])
-    trained = fit_towers(TowersData(items, steps, ends, held), settings, work, device=device, progress=progress)
+    # What comes into training in the end only has an id part from the start.
+    ids = np.unique(steps.rows if settings.offline.refit_epochs else steps.rows[train])
+    trained = fit_towers(
+        TowersData(items, steps, ends, held, steps.starts[1:], ids), settings, work, device=device, progress=progress
+    )
     work.mkdir(parents=True, exist_ok=True)
     save_towers(trained.towers, work)
     save_file({"vectors": trained.item_vectors}, work / ITEM_VECTORS)
@@ -97,7 +106,7 @@ def fit_towers(
         heads=offline.heads,
         history_length=features.history_length,
         kinds=kind_names(features),
-        item_ids=tuple(data.items[row].item_id for row in trained_rows(data)),
+        item_ids=tuple(data.items[row].item_id for row in data.ids),
         dropout=offline.dropout,
     )
     teacher = _teacher(data, config, settings, work / "teacher", device, progress) if offline.teacher_blocks else None
@@ -105,7 +114,28 @@ def fit_towers(
     trainer = TowerTrainer(data, config, features, offline, work, device, opinions)
     towers = trainer.run("towers", progress=progress)
     (work / CURVE).write_text(json.dumps(trainer.checkpoint.progress.curve, indent=1) + "\n", "utf-8")
-    return TrainedTowers(towers, encode_items(towers, data.items), trainer.metrics(), teacher)
+    validated = TrainedTowers(towers, encode_items(towers, data.items), trainer.metrics(), teacher)
+    if not offline.refit_epochs:
+        return validated
+    return _refitted(validated, data, settings, work / "refit", device, progress)
+
+
+def _refitted(
+    validated: TrainedTowers, data: TowersData, settings: Settings, work: Path, device: str, progress: bool
+) -> TrainedTowers:
+    """The same towers, gone on with over all steps: what was held out to validate is the newest that there is."""
+    offline = settings.offline.model_copy(
+        update={
+            "max_epochs": settings.offline.refit_epochs,
+            "learning_rate": settings.offline.learning_rate * REFIT_RATE_SHARE,
+        }
+    )
+    whole = replace(data, ends=data.refit_ends, held=Held.nothing())
+    towers = validated.towers
+    trainer = TowerTrainer(whole, towers.config, settings.features, offline, work, device, start=towers)
+    towers = trainer.run("refit", progress=progress)
+    metrics = {**validated.metrics, "towers_refit_seconds": trainer.metrics()["towers_seconds"]}
+    return TrainedTowers(towers, encode_items(towers, data.items), metrics, validated.teacher, validated)
 
 
 def _teacher(
@@ -130,7 +160,7 @@ def _opinions(teacher: TrainedTowers, data: TowersData, offline: OfflineSettings
         teacher.item_vectors,
         data.steps,
         data.ends,
-        trained_rows(data),
+        data.ids,
         offline.teacher_share,
         device,
         products_precision(device),

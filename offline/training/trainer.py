@@ -64,6 +64,10 @@ class TowersData:
     # Behind the last step to train on, of each user. [users]
     ends: Ints
     held: Held
+    # Behind the last step to learn from when validation has chosen: with those that were held out. [users]
+    refit_ends: Ints
+    # Rows of the items that get an id part, and that a prediction chooses among. [ids]
+    ids: Ints
 
 
 class TowerTrainer:
@@ -71,11 +75,12 @@ class TowerTrainer:
 
     Args:
         data: what to learn.
-        config: shape of the towers; its `item_ids` are those of `trained_rows`.
+        config: shape of the towers; its `item_ids` are those of `data.ids`.
         features, offline: settings.
         work: folder; `work/checkpoints` lets a run that was cut short go on.
         device: cpu or cuda.
         teacher: to learn from its opinions, too; it was trained on the same items.
+        start: trained towers to go on from; else the teacher's weights, else new ones.
     """
 
     def __init__(
@@ -87,10 +92,13 @@ class TowerTrainer:
         work: Path,
         device: str,
         teacher: TeacherVectors | None = None,
+        start: Towers | None = None,
     ) -> None:
         self._data, self._settings, self._features, self._device = data, offline, features, device
-        self._teacher = teacher
-        self._trained, counts = np.unique(_trained_steps(data), return_counts=True)
+        self._teacher, self._started_from = teacher, start.embedding_version if start else None
+        self._trained = data.ids
+        # An item that training never meets is a negative all the same.
+        counts = 1 + np.bincount(_trained_steps(data), minlength=len(data.items))[data.ids]
         self._id_of = np.full(len(data.items), -1, np.int64)
         self._id_of[self._trained] = np.arange(len(self._trained))
         self._share_of_id = (counts / counts.sum()) ** 0.5
@@ -103,7 +111,9 @@ class TowerTrainer:
         self._precision = products_precision(device)
         torch.manual_seed(offline.seed)
         self.towers = Towers(config).to(device)
-        if teacher:
+        if start:
+            self.towers.load_state_dict(start.state_dict())
+        elif teacher:
             teacher.start(self.towers)
         else:
             self.towers.item.fit_numbers(self._content_tensors.numbers)
@@ -125,7 +135,7 @@ class TowerTrainer:
                 entry = self._epoch(state.epoch, self._time_left(state.seconds))
                 state.epoch += 1
                 state.seconds += entry["seconds"]
-                if entry["ndcg_at_10"] > state.best_score or not self.checkpoint.best:
+                if entry["ndcg_at_10"] > state.best_score or not len(self._data.held.target):
                     state.best_score, state.best_epoch = entry["ndcg_at_10"], state.epoch
                     self.checkpoint.keep_best(self._average)
                 state.curve.append(entry)
@@ -300,13 +310,8 @@ class TowerTrainer:
         for array in (steps.starts, steps.rows, steps.kinds, steps.weights, steps.times_ms, self._data.ends):
             digest.update(array.tobytes())
         teacher = self._teacher.embedding_version if self._teacher else None
-        digest.update(repr((self.towers.config, self._settings, teacher)).encode())
+        digest.update(repr((self.towers.config, self._settings, teacher, self._started_from)).encode())
         return digest.hexdigest()
-
-
-def trained_rows(data: TowersData) -> Ints:
-    """The items that training meets, the only ones with an id part [trained items]."""
-    return np.unique(_trained_steps(data))
 
 
 def _trained_steps(data: TowersData) -> Ints:

@@ -26,6 +26,7 @@ from offline.training.checkpoint import Checkpoint
 from offline.training.distil import TeacherVectors
 from offline.training.interactions import hold_out, load_steps
 from offline.training.towers import CURVE, TrainedTowers, train_towers
+from offline.training.validation import Quality, target_ranks
 
 T0_MS = 1_700_000_000_000
 MINUTE_MS = 60_000
@@ -274,3 +275,20 @@ def test_a_teacher_of_other_items_is_refused(train: Train) -> None:
     )
     with pytest.raises(ConfigError, match="same items"):
         vectors.start(Towers(replace(one.towers.config, dimension=8)))
+
+
+def test_in_the_end_the_held_out_part_is_learnt_too(
+    train: Train, chains: tuple[EventLog, list[Item]], settings: Settings
+) -> None:
+    refitted = train("refitted", refit_epochs=4)
+    plain = train("plain", refit_epochs=0)
+    assert plain.validated is None
+    assert refitted.validated is not None
+    steps = load_steps(chains[0], chains[1], settings.features, None)
+    held, _ = hold_out(steps, settings.offline.validation_share, 2000, settings.offline.seed)
+    before, after = (
+        Quality.of(target_ranks(UserEncoder(one.towers, settings.features), one.item_vectors, steps, held))
+        for one in (refitted.validated, refitted)
+    )
+    assert after.ndcg_at_10 > before.ndcg_at_10
+    assert refitted.metrics["towers_ndcg_at_10"] == pytest.approx(before.ndcg_at_10, abs=1e-5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from candidate.index import ItemIndex
+from candidate.index import load_index
 from candidate.towers import load_towers
 from core import bundle as names
 from core.bundle import open_bundle, open_current
@@ -53,8 +53,9 @@ def test_the_bundle_is_whole_and_agrees_with_itself(bundle, shop, settings, regi
     assert manifest.model_version == again.json(names.RANKER_CONFIG)["model_version"]
     assert manifest.data_watermark_ms == max(entry.time_ms for entry in read_entries(shop))
     assert {"towers_ndcg_at_10", "ranker_auc"} <= set(manifest.metrics)
-    index = ItemIndex.load(again.file(names.INDEX))
-    rows, _ = index.search(read_item_vectors(again.path)[5:6], 1)
+    item_vectors = read_item_vectors(again.path)
+    index = load_index(again.file(names.INDEX), item_vectors)
+    rows, _ = index.search(item_vectors[5:6], 1)
     assert rows[0, 0] == 5
     assert again.json(names.BLEND) == {"weights": settings.serving.blend_weights}
     assert again.json(names.RULES) == {}
