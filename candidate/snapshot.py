@@ -47,7 +47,7 @@ class Snapshot:
         self.embedding_version = towers.embedding_version
         self.catalog = catalog
         self.index = index
-        self.encoder = UserEncoder(towers, settings.features)
+        self.encoder = UserEncoder(towers, settings.features, settings.candidate.bfloat16_from_users)
         self.attributes = Attributes()
         # Goes up with each item that comes, changes or goes (not with statistics).
         self.items_revision = 0

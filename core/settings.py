@@ -96,6 +96,7 @@ class StreamsSettings(_Section):
     state_cache_users: Positive
     marker_interval_ms: Positive
     encode_batch_users: Annotated[int, Field(gt=0, le=1000)]
+    bfloat16_from_users: Annotated[int, Field(ge=0)]
     encode_wait_ms: PositiveMs
     encode_timeout_ms: Positive
     dirty_users_max: Positive
@@ -137,6 +138,7 @@ class CandidateSettings(_Section):
     item_to_item_seeds: Annotated[int, Field(gt=0, le=100)]
     exact_max_items: Positive
     encode_batch_users: Annotated[int, Field(gt=0, le=1000)]
+    bfloat16_from_users: Annotated[int, Field(ge=0)]
     co_visitation: CoVisitationSettings
 
     @model_validator(mode="after")

@@ -149,3 +149,21 @@ def test_content_knows_categories_words_and_numbers() -> None:
     swapped = content.take(np.array([2, 0]))
     assert np.diff(swapped.words.offsets).tolist() == [1, 3]
     assert swapped.words.buckets[0] == content.words.buckets[3]
+
+
+def test_large_batches_in_bfloat16_stay_near(
+    music: World, state_of: Callable[..., UserState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog, vectors = _catalog(music), music.trained.item_vectors
+    exact = UserEncoder(music.trained.towers, music.settings.features)
+    low = UserEncoder(music.trained.towers, music.settings.features, bfloat16_from_users=2)
+    states = [state_of(*(f"{genre}-{n}" for n in range(9))) for genre in GENRES]
+    plain, rough = exact.encode(states, catalog, vectors)[0], low.encode(states, catalog, vectors)[0]
+    assert low.uses_bfloat16
+    assert not np.array_equal(plain, rough)
+    assert (plain * rough).sum(axis=1).min() > 0.999
+    assert np.array_equal(exact.encode(states[:1], catalog, vectors)[0], low.encode(states[:1], catalog, vectors)[0])
+    monkeypatch.setattr("candidate.encoder.LEAST_COSINE", 1.1)
+    refused = UserEncoder(music.trained.towers, music.settings.features, bfloat16_from_users=2)
+    assert not refused.uses_bfloat16
+    assert np.array_equal(plain, refused.encode(states, catalog, vectors)[0])
