@@ -40,7 +40,7 @@ _STAYS = (
     "online store: one row without features, with the positions behind which the user's messages are replays",
     "event log: _erased/, the user's id and the same positions, so that no replay or rebuild brings anything back",
     "event log: _staging/, rows that a killed worker left unfinished, for a day and until a worker starts",
-    "dead letters that were removed: no reader gets them; in the broker's files until a letter after segment.ms",
+    "dead letters that were removed: no reader gets them; the broker's files have them until it drops their segment",
     "item statistics: sums over everybody, without ids; a rebuild makes them anew without the user",
     "models: trained before the erasure; `headrace train` makes them anew without the user",
     "Feast's offline files: `headrace history` makes them anew without the user",

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.bundle import CURRENT, ReleaseBundle, open_current
+from core.clock import SystemClock
 from core.settings import FeaturesSettings, Settings
 from features import item_stats
 from features.definitions import ITEM_STATS
@@ -105,16 +106,21 @@ def rebuild(
     replay.place(placed_entries(log))
     newest = {where: last for table in (EVENTS, FEEDBACK, IMPRESSIONS) for where, last in positions(log, table).items()}
     _, items = _states(log, ITEMS)
+    kept_seconds = _kept_seconds(log, settings.streams.removed_item_keep_seconds)
     origins = Origins(
         _user_offsets(replay, newest, records),
         _with_tombstones(profiles, records),
         items,
-        _stats(replay, newest),
+        [stats for stats in _stats(replay, newest) if kept_seconds.get(stats.item_id, 1) > 0],
         frozenset(one.user_id for one in records) - replay.states.keys(),
     )
     store = OnlineStore(settings.redis, settings.features.project)
     try:
         written = _write(store, replay, users, bundle, settings, origins, records, Reporter(shown=progress))
+        for stats in origins.stats or ():
+            if stats.item_id in kept_seconds:
+                key = (stats.item_id, str(stats.source_partition))
+                store.expire(ITEM_STATS, [key], kept_seconds[stats.item_id])
         partitions = _write_markers(store, newest)
         store.drop_text(ITEM_STATS_IN_DOUBT)
     finally:
@@ -195,6 +201,15 @@ def _stats(replay: PlacedReplay, newest: Offsets) -> list[ItemStats]:
         for partial in partials.values():
             partial.offsets = dict(offsets)
     return list(replay.placed_stats())
+
+
+def _kept_seconds(log: EventLog, keep_seconds: int) -> dict[str, int]:
+    """Items that were removed: how long their statistics stay, as the stream keeps them (0 and less = no longer)."""
+    rows, now_ms = log.newest(ITEMS), SystemClock().now_ms()
+    rows = rows.filter(rows["deleted"])
+    times = pc.fill_null(rows["ingest_time"].cast(pa.int64()), 0).to_pylist()
+    ids = rows["item_id"].to_pylist()
+    return {item_id: keep_seconds - (now_ms - time_ms) // 1000 for item_id, time_ms in zip(ids, times, strict=True)}
 
 
 def _write(

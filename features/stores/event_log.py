@@ -127,7 +127,12 @@ class EventLog:
         return in_order(self.read(table, paths, needed, condition)).select(names)
 
     def states(self, table: LogTable) -> pa.Table:
-        """Rows of ITEMS or USERS: of each key the newest, if it is no removal, in order of the key.
+        """Rows of ITEMS or USERS: of each key the newest, if it is no removal, in order of the key."""
+        rows = self.newest(table)
+        return rows.filter(pc.invert(pc.fill_null(rows["deleted"], False)))  # noqa: FBT003 - the value to fill in
+
+    def newest(self, table: LogTable) -> pa.Table:
+        """Rows of ITEMS or USERS: of each key the newest, be it a removal, in order of the key.
 
         Newest is by ingest time, then by offset; rows that were imported without either come first.
         """
@@ -138,9 +143,7 @@ class EventLog:
         rank, _ = _codes(rows[table.key])
         order = np.lexsort((np.arange(rows.num_rows), offset, ingest, rank))
         last = np.append(rank[order][1:] != rank[order][:-1], True)
-        kept = order[last]
-        deleted = rows["deleted"].to_numpy()
-        return rows.take(pa.array(kept[~deleted[kept].astype(bool)]))
+        return rows.take(pa.array(order[last]))
 
     def files(self, table: LogTable) -> list[str]:
         """Paths of a table's files, sorted."""

@@ -1,6 +1,7 @@
 """The online store rebuilt from the log that a real reader wrote: equal rows, and the stream goes on behind them."""
 
 import json
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,8 @@ from features.definitions import ITEM_PROFILE, ITEM_STATS, USER_EMBEDDING, USER_
 from features.item_stats import decode
 from features.stores.erasures import Erasure, Erasures
 from features.stores.event_log import EventLog
-from features.stores.event_rows import EVENTS, ITEMS, USERS, Source, to_table
+from features.stores.event_rows import EVENTS, ITEMS, USERS, Source, deletions, to_table
+from features.stores.layout import row_key
 from features.stores.online import OnlineStore, Write, read_offsets
 from features.windows import Position
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item, ItemStats, User
@@ -227,6 +229,28 @@ def test_profiles_and_items_carry_their_positions_and_erased_users_stay_erased(h
     (erased,) = store.read(USER_STATE, [("u5",)])
     assert set(erased.cells) == {"state", "offsets"}
     assert store.read(USER_EMBEDDING, [("u5",)])[0].cells == {}
+
+
+def test_statistics_of_removed_items_last_as_long_as_the_stream_keeps_them(house, own_redis) -> None:
+    house.play(range(12))
+    house.stop()
+    log, now_ms = EventLog(house.log), time.time_ns() // 1_000_000
+    (items,) = topic_sources(house.settings.kafka, [house.topics.items]).values()
+    places = [
+        Source(house.topics.items, 0, number, time_ms)
+        for number, time_ms in enumerate([now_ms, now_ms - 30 * 86_400_000, now_ms - 30 * 86_400_000])
+    ]
+    log.write(ITEMS, deletions(ITEMS, ["i0", "i1", "i2"], places), f"{items:016x}-p0-000000000000-000000000002")
+    back = to_table(ITEMS, [Item(item_id="i2")], [Source(house.topics.items, 0, 3, now_ms)])
+    log.write(ITEMS, back, f"{items:016x}-p0-000000000003-000000000003")
+    run(house, project="new")
+    _, stats = house.rows("new")
+    assert [any(stats[f"i{n}", str(p)][0] for p in PARTITIONS) for n in range(4)] == [True, False, True, True]
+    with own_redis.client() as client:
+        for item_id, lasts in (("i0", True), ("i2", False)):
+            keys = [row_key("new", ITEM_STATS.join_keys, (item_id, str(partition))) for partition in PARTITIONS]
+            lives = {client.ttl(key) > 0 for key in keys if client.exists(key)}
+            assert lives == {lasts}
 
 
 def test_the_command_says_how_to_cut_over(house, tmp_path, monkeypatch) -> None:
