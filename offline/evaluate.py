@@ -33,7 +33,7 @@ from offline.training.ranker_candidates import Pool
 TRAIN_SHARE = 0.8
 # Users with at least this many training events are reported apart.
 WARM_EVENTS = 5
-CUTOFF = 10
+CUTOFF, RECALL_CUTOFF = 10, 100
 # Bundles of evaluations never mix with those that serve.
 _REGISTRY = ".evaluation"
 RETRIEVAL, RANKING = "retrieval (two towers)", "final ranking"
@@ -41,13 +41,15 @@ RETRIEVAL, RANKING = "retrieval (two towers)", "final ranking"
 
 @dataclass(frozen=True)
 class Quality:
-    """HR@10 and NDCG@10 of one way to recommend, over all predicted events and over those of warm users."""
+    """Of one way to recommend, over all predicted events and over those of warm users."""
 
     name: str
     hr_at_10: float
     ndcg_at_10: float
+    recall_at_100: float
     warm_hr_at_10: float
     warm_ndcg_at_10: float
+    warm_recall_at_100: float
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,16 @@ class _Tally:
     def quality(self) -> Quality:
         ranks = np.concatenate(self._ranks) if self._ranks else np.zeros(0, np.int64)
         warm = np.array(self._warm, np.bool_)
-        return Quality(self._name, *_hr_and_ndcg(ranks), *_hr_and_ndcg(ranks[warm]))
+        return Quality(self._name, *_figures(ranks), *_figures(ranks[warm]))
 
 
-def _hr_and_ndcg(ranks: npt.NDArray[np.int64]) -> tuple[float, float]:
+def _figures(ranks: npt.NDArray[np.int64]) -> tuple[float, float, float]:
+    """HR@10, NDCG@10, recall@100."""
     if not len(ranks):
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     hits = ranks < CUTOFF
-    return float(hits.mean()), float(np.where(hits, 1 / np.log2(ranks + 2), 0.0).mean())
+    ndcg = float(np.where(hits, 1 / np.log2(ranks + 2), 0.0).mean())
+    return float(hits.mean()), ndcg, float((ranks < RECALL_CUTOFF).mean())
 
 
 def ranks_of(targets: npt.NDArray[np.int64], scores: npt.NDArray[Any], allowed: Mask) -> npt.NDArray[np.int64]:

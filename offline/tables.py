@@ -3,6 +3,8 @@
 Invariant: decides nothing; shows what they return.
 """
 
+from dataclasses import astuple
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -33,10 +35,10 @@ def print_bundle(bundle: ReleaseBundle, console: Console) -> None:
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """One line per way to recommend."""
     table = Table(title=f"{escape(evaluation.dataset)}: event-time replay", title_justify="left")
-    for name in ("", "HR@10", "NDCG@10", "HR@10 warm", "NDCG@10 warm"):
+    for name in ("", "HR@10", "NDCG@10", "recall@100", "HR@10 warm", "NDCG@10 warm", "recall@100 warm"):
         table.add_column(name, justify="left" if not name else "right")
     for row in evaluation.rows:
-        numbers = (row.hr_at_10, row.ndcg_at_10, row.warm_hr_at_10, row.warm_ndcg_at_10)
+        _, *numbers = astuple(row)
         table.add_row(escape(row.name), *(f"{number:.4f}" for number in numbers))
     console.print(table)
     console.print(

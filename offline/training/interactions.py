@@ -84,10 +84,10 @@ def hold_out(steps: Sequences, share: float, limit: int, seed: int) -> tuple[Hel
     index = np.arange(len(users))
     boundary = np.quantile(steps.times_ms, 1 - share) if share > 0 else np.inf
     newest = steps.times_ms >= boundary
-    targets = newest & (_ends_before(steps, users) > begin) & _first_of_item(steps, users)
+    targets = newest & (_ends_before(steps, users) > begin) & new_to_their_users(steps)
     if targets.sum() < 50:
         newest = (index == steps.starts[users + 1] - 1) & (index > begin) & (share > 0)
-        targets = newest & _first_of_item(steps, users)
+        targets = newest & new_to_their_users(steps)
     chosen = np.flatnonzero(targets)
     if len(chosen) > limit:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, limit, replace=False))
@@ -105,8 +105,9 @@ def _ends_before(steps: Sequences, users: Ints) -> Ints:
     return at
 
 
-def _first_of_item(steps: Sequences, users: Ints) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-    """Whether the user had the item never before [n]."""
+def new_to_their_users(steps: Sequences) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    """Whether the user had the item never before, of each step [n]."""
+    users = owners(steps)
     _, first = np.unique(users * (int(steps.rows.max()) + 1) + steps.rows, return_index=True)
     is_first = np.zeros(len(users), np.bool_)
     is_first[first] = True

@@ -59,8 +59,8 @@ def test_all_ways_are_measured_on_the_same_events(evaluated, shop):
     assert result.events == shop.events().num_rows
     assert 0 < result.warm_predicted_events <= result.predicted_events <= result.events - result.train_events
     for row in result.rows:
-        assert 0 <= row.ndcg_at_10 <= row.hr_at_10 <= 1
-        assert 0 <= row.warm_ndcg_at_10 <= row.warm_hr_at_10 <= 1
+        assert 0 <= row.ndcg_at_10 <= row.hr_at_10 <= row.recall_at_100 <= 1
+        assert 0 <= row.warm_ndcg_at_10 <= row.warm_hr_at_10 <= row.warm_recall_at_100 <= 1
     assert result.rows[3].hr_at_10 > 0
     assert result.rows[4].hr_at_10 > 0
     assert not (registry / CURRENT).exists(), "its bundle never serves"
