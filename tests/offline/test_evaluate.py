@@ -39,11 +39,12 @@ def test_what_may_not_be_recommended_is_a_miss():
     assert ranks([1], [0.1, 0.9, 0.5], [True, False, True]) == [3]
 
 
-def test_hr_and_ndcg_of_known_ranks():
-    hr, ndcg = evaluation._hr_and_ndcg(np.array([0, 2, 9, 10]))
-    assert hr == 0.75
-    assert ndcg == pytest.approx((1 + 1 / 2 + 1 / np.log2(11)) / 4)
-    assert evaluation._hr_and_ndcg(np.zeros(0, np.int64)) == (0.0, 0.0)
+def test_figures_of_known_ranks():
+    hr, ndcg, recall = evaluation._figures(np.array([0, 2, 9, 10, 99, 100]))
+    assert hr == 0.5
+    assert recall == pytest.approx(5 / 6)
+    assert ndcg == pytest.approx((1 + 1 / 2 + 1 / np.log2(11)) / 6)
+    assert evaluation._figures(np.zeros(0, np.int64)) == (0.0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
