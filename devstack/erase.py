@@ -120,8 +120,10 @@ def erase_pending(
         StageError: as `erase`.
     """
     pending = {one.user_id: one for one in Erasures(log_root).unfinished()}
+    topic = Topics(settings.kafka.topic_prefix).users
     receipts = [
-        Receipt(user_id, reason, _time(one.time_ms), tombstone="/".join(map(str, one.tombstone[1:])))
+        # The worker has erased the rows then.
+        Receipt(user_id, reason, _time(one.time_ms), f"{topic}/{one.tombstone.partition}/{one.tombstone.offset}")
         for user_id, one in pending.items()
     ]
     if not pending:
@@ -186,7 +188,7 @@ def _erase_row(
         written = producer.send(topic, user_id.encode(), None).result(20)
     finally:
         producer.close()
-    receipt.tombstone = f"{written.partition}/{written.offset}"
+    receipt.tombstone = f"{written.topic}/{written.partition}/{written.offset}"
     tombstone = Position(source, written.partition, written.offset)
     bare = Erasure(user_id, tombstone)
     if not _until(lambda: not erasures.pending(store, [bare]), timeout_seconds):
