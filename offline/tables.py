@@ -3,8 +3,6 @@
 Invariant: decides nothing; shows what they return.
 """
 
-from dataclasses import astuple
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -35,10 +33,10 @@ def print_bundle(bundle: ReleaseBundle, console: Console) -> None:
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """One line per way to recommend."""
     table = Table(title=f"{escape(evaluation.dataset)}: event-time replay", title_justify="left")
-    for name in ("", "HR@10", "NDCG@10", "recall@100", "HR@10 warm", "NDCG@10 warm", "recall@100 warm"):
-        table.add_column(name, justify="left" if not name else "right")
+    for name in ("", "HR@10", "NDCG@10", "R@100", "HR@10 warm", "NDCG@10 warm"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for row in evaluation.rows:
-        _, *numbers = astuple(row)
+        numbers = (row.hr_at_10, row.ndcg_at_10, row.recall_at_100, row.warm_hr_at_10, row.warm_ndcg_at_10)
         table.add_row(escape(row.name), *(f"{number:.4f}" for number in numbers))
     console.print(table)
     console.print(
