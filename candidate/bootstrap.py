@@ -7,13 +7,15 @@ was said once.
 import asyncio
 import contextlib
 
-import faiss
 import torch
 
+from candidate import metrics
 from candidate.executor import Job, WorkExecutor
 from candidate.feed import AWAY_SECONDS, Snapshots
+from candidate.index.recall import RecallMonitor
 from candidate.retriever import Retriever
 from candidate.service import CandidateService
+from candidate.shards import Shards
 from candidate.snapshot import Snapshot
 from candidate.sources import (
     AnnSource,
@@ -45,7 +47,6 @@ async def serve(settings: Settings, process: Process) -> None:
     """Runs until the process is told to stop."""
     own = settings.candidate
     torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
     is_ready = False
     process.readiness.add("snapshot", lambda: None if is_ready else "loading the bundle and the item topics")
     process.open_admin(own.host, own.admin_port)
@@ -53,8 +54,12 @@ async def serve(settings: Settings, process: Process) -> None:
     executor = WorkExecutor(own.worker_threads, own.queue_max)
     retriever = Retriever(settings, make_sources(), SystemClock())
     server = GrpcServer(own.host, own.port, [SERVICE])
-    add_CandidateServiceServicer_to_server(CandidateService(snapshots, retriever, executor), server.aio)
+    shards = Shards(own) if len(own.shard_targets) > 1 else None
+    add_CandidateServiceServicer_to_server(CandidateService(snapshots, retriever, executor, shards), server.aio)
     watcher: asyncio.Task[None] | None = None
+    recall = RecallMonitor(
+        lambda: snapshots.current.index, metrics.index_recall.set, interval_seconds=own.recall_interval_ms / 1000
+    )
     try:
         await server.start()
         snapshots.feeds.start()
@@ -62,6 +67,7 @@ async def serve(settings: Settings, process: Process) -> None:
         if not await asyncio.to_thread(snapshots.feeds.catch_up, AWAY_SECONDS, process.stopping.is_set):
             _log.warning("kafka is away: serving the bundle's items, news follow when it is back")
         freeze_heap()
+        recall.start()
         watcher = asyncio.create_task(snapshots.watch())
         is_ready = True
         await server.set_serving(True)
@@ -73,6 +79,9 @@ async def serve(settings: Settings, process: Process) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
         await server.stop()
+        if shards is not None:
+            await shards.close()
+        await asyncio.to_thread(recall.stop)
         executor.close()
         await asyncio.to_thread(snapshots.close)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from candidate.attributes import Mask
-from candidate.merging import Merged
+from candidate.merging import Merged, proposers
 from candidate.snapshot import Snapshot
 from candidate.sources import CandidateSource, Hits, Place, Query
 from headrace.v1.candidate_service_pb2 import CandidateProbe, CandidateProvenance
@@ -53,15 +53,9 @@ def probe(item_id: str, answered: Answered) -> CandidateProbe:
 
 
 def _decision(row: int, blocked_by: Sequence[str], places: Mapping[str, Place | None], answered: Answered) -> str:
-    merged = answered.merged
-    at = np.flatnonzero(merged.rows == row)
-    if len(at):
-        proposers = [
-            f"{name} (rank {part.ranks[np.flatnonzero(part.at == at[0])[0]]})"
-            for name, part in merged.proposals.items()
-            if at[0] in part.at
-        ]
-        return "source " + ", ".join(proposers)
+    chosen = proposers(answered.merged, row)
+    if chosen:
+        return f"source {chosen}"
     if blocked_by:
         return blocked_by[0]
     if any(row in hits.rows for hits in answered.hits.values()):

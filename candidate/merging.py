@@ -31,6 +31,17 @@ class Merged(NamedTuple):
     proposals: dict[str, Proposals]
 
 
+def proposers(merged: Merged, row: int) -> str:
+    """Who proposed a candidate, at which rank: "ann (rank 3), trending (rank 0)"; nothing where it is none."""
+    at = np.flatnonzero(merged.rows == row)
+    found = [
+        f"{name} (rank {part.ranks[np.flatnonzero(part.at == at[0])[0]]})"
+        for name, part in merged.proposals.items()
+        if len(at) and at[0] in part.at
+    ]
+    return ", ".join(found)
+
+
 def merge(hits: Mapping[str, Hits], quotas: Mapping[str, int], limit: int) -> Merged:
     """Merges hits, at most `limit` items.
 

@@ -78,11 +78,12 @@ class Retriever:
             bundle_version=snapshot.manifest.bundle_version,
             encoded_on_the_spot=user.was_encoded,
             missing_sources=missing,
+            source_quotas=quotas,
         )
         if request.columns:
-            fill_columns(response, merged, snapshot)
+            fill_columns(response, merged, snapshot.catalog.item_ids)
         else:
-            fill_messages(response, merged, snapshot)
+            fill_messages(response, merged, snapshot.catalog.item_ids)
         answered = Answered(snapshot, query, masks, self._sources, quotas, hits, missing, merged)
         for item_id in request.probe_item_ids:
             job.check()

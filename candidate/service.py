@@ -4,17 +4,17 @@ Invariant: nothing blocks the event loop; a call whose deadline is over, or that
 """
 
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
 
 from candidate import metrics
-from candidate.executor import Job, WorkExecutor
+from candidate.executor import WorkExecutor
 from candidate.feed import Snapshots
 from candidate.requests import check_encode, check_retrieve
 from candidate.retriever import Retriever
+from candidate.shards import Shards, is_from_shard
 from core.codec import from_ms
 from core.errors import RecommenderError
 from core.grpc_runtime import request_deadline
@@ -31,10 +31,14 @@ T = TypeVar("T")
 class CandidateService(CandidateServiceServicer):
     """Candidates, vectors, facts."""
 
-    def __init__(self, snapshots: Snapshots, retriever: Retriever, executor: WorkExecutor) -> None:
+    def __init__(
+        self, snapshots: Snapshots, retriever: Retriever, executor: WorkExecutor, shards: Shards | None = None
+    ) -> None:
         self._snapshots = snapshots
         self._retriever = retriever
         self._executor = executor
+        # Those that have the rest of the index, where it is spread.
+        self._shards = shards
 
     async def RetrieveCandidates(
         self, request: pb.RetrieveCandidatesRequest, context: Context
@@ -42,13 +46,21 @@ class CandidateService(CandidateServiceServicer):
         with _measured("RetrieveCandidates"):
             check_retrieve(request)
             snapshot = self._snapshots.current
-            return await self._run(context, _RETRIEVE_MS, lambda job: self._retriever.retrieve(request, snapshot, job))
+            deadline = request_deadline(context, _RETRIEVE_MS)
+
+            async def alone(part: pb.RetrieveCandidatesRequest) -> pb.RetrieveCandidatesResponse:
+                return await self._executor.run(deadline, lambda job: self._retriever.retrieve(part, snapshot, job))
+
+            if self._shards is None or is_from_shard(context):
+                return await alone(request)
+            return await self._shards.retrieve(request, deadline, alone)
 
     async def EncodeUsers(self, request: pb.EncodeUsersRequest, context: Context) -> pb.EncodeUsersResponse:
         with _measured("EncodeUsers"):
             check_encode(request)
             snapshot = self._snapshots.current
-            return await self._run(context, _ENCODE_MS, lambda job: self._retriever.encode(request, snapshot, job))
+            deadline = request_deadline(context, _ENCODE_MS)
+            return await self._executor.run(deadline, lambda job: self._retriever.encode(request, snapshot, job))
 
     async def GetIndexInfo(
         self,
@@ -68,9 +80,6 @@ class CandidateService(CandidateServiceServicer):
             index_kind=index.info.kind,
             build_time=from_ms(index.info.build_time_ms),
         )
-
-    async def _run(self, context: Context, default_ms: float, work: Callable[[Job], T]) -> T:
-        return await self._executor.run(request_deadline(context, default_ms), work)
 
 
 @contextmanager

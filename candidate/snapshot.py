@@ -6,6 +6,7 @@ index exactly while the item is in the catalogue.
 """
 
 import threading
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,16 @@ from candidate.attributes import Attributes
 from candidate.co_visitation import CoVisitation, load_co_visitation
 from candidate.encoder import UserEncoder, encode_items
 from candidate.index import ItemIndex, load_index
+from candidate.shard import Shard
 from candidate.towers import Towers, load_towers
 from core.bundle import CO_VISITATION, INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
 from core.errors import ArtifactError
 from core.settings import Settings
+from core.telemetry import get_logger
 from features.catalog import Catalog
 from headrace.v1.events_pb2 import Item, ItemStats
+
+_log = get_logger("candidate")
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -52,6 +57,7 @@ class Snapshot:
         # Goes up with each item that comes, changes or goes (not with statistics).
         self.items_revision = 0
         self._towers = towers
+        self._shard = Shard.of(settings.candidate)
         self._servable: tuple[int, int, Bools] = (-1, 0, np.zeros(0, np.bool_))
         for row, item in enumerate(catalog.items):
             self.attributes.put(row, item)
@@ -82,7 +88,10 @@ class Snapshot:
         vector = encode_items(self._towers, [item])[0]
         row = self.catalog.upsert(item)
         self.attributes.put(row, item, before)
-        self.index.upsert(row, vector)
+        if self._shard.owns(item.item_id):
+            self.index.upsert(row, vector)
+        else:
+            self.index.keep(row, vector)
         self.items_revision += 1
         metrics.items_applied.labels("upsert").inc()
 
@@ -105,7 +114,18 @@ class Snapshot:
     def rebuild_index_if_due(self) -> None:
         """Merges the index's delta in the background when it has grown."""
         if self.index.wants_rebuild():
-            threading.Thread(target=self.index.rebuild, name="index-rebuild", daemon=True).start()
+            threading.Thread(target=self._rebuild_index, name="index-rebuild", daemon=True).start()
+
+    def _rebuild_index(self) -> None:
+        started = time.perf_counter()
+        try:
+            self.index.rebuild()
+        except Exception as error:  # noqa: BLE001 - the index serves on as it is, and the next change tries again
+            _log.error("the index could not be rebuilt", error=repr(error))
+            return
+        took_ms = (time.perf_counter() - started) * 1000
+        metrics.index_rebuild_ms.observe(took_ms)
+        _log.info("index rebuilt", took_ms=round(took_ms), kind=self.index.info.kind, items=len(self.index))
 
     def tell_sizes(self) -> None:
         metrics.index_items.labels("main").set(self.index.main_count)
@@ -134,6 +154,7 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
         for stats in bundle.item_stats():
             catalog.put_stats(stats)
     index = load_index(bundle.file(INDEX), vectors)
+    index.delta_max_items = settings.candidate.index_delta_max_items
     version = towers.embedding_version
     for part, theirs in (("manifest", bundle.manifest.embedding_version), ("index", index.info.embedding_version)):
         if theirs != version:
@@ -141,6 +162,10 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
                 f"bundle {bundle.version}: the {part} is of embedding version {theirs or '(none)'}, the towers are "
                 f"of {version}; run `headrace train`"
             )
+    shard = Shard.of(settings.candidate)
+    if shard.count > 1:
+        index.remove_many(row for row, item_id in enumerate(catalog.item_ids) if not shard.owns(item_id))
+        index.rebuild(anew=True)
     # A bundle of an earlier version has none: the pairs are then learnt from all that the topics still hold.
     own = settings.candidate.co_visitation
     pairs = CoVisitation(own, settings.features)

@@ -137,6 +137,10 @@ class CandidateSettings(_Section):
     source_budget_ms: dict[SourceName, PositiveMs]
     item_to_item_seeds: Annotated[int, Field(gt=0, le=100)]
     exact_max_items: Positive
+    index_delta_max_items: Positive
+    recall_interval_ms: Positive
+    shard_targets: tuple[str, ...]
+    shard: Annotated[int, Field(ge=0)]
     encode_batch_users: Annotated[int, Field(gt=0, le=1000)]
     bfloat16_from_users: Annotated[int, Field(ge=0)]
     co_visitation: CoVisitationSettings
@@ -150,6 +154,12 @@ class CandidateSettings(_Section):
             raise ValueError(f"quotas and source_budget_ms name every source; {missing[0]} is missing (quota 0 = off)")
         if not any(self.quotas.values()):
             raise ValueError("at least one source needs a quota above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _is_one_of_the_shards(self) -> "CandidateSettings":
+        if self.shard >= max(1, len(self.shard_targets)):
+            raise ValueError(f"shard {self.shard} is none of the {len(self.shard_targets)} shard_targets; count from 0")
         return self
 
 

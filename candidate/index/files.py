@@ -4,52 +4,69 @@ Written by training, read by the service. Invariant: an index is only loaded wit
 of; a file that is cut short or of something else is refused.
 """
 
-import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import faiss
 import numpy as np
+from pydantic import BaseModel
 
 from candidate.index import bits
 from candidate.index.exact import Floats
+from candidate.index.gpu import on_gpu
 from candidate.index.item_index import ItemIndex, Parts
 from candidate.index.lists import Lists
+from candidate.index.reach import Reach, Sample
 from core.errors import ArtifactError
 
-FORMAT = 2
 _ROOM = 1024
+
+
+class _ListsFacts(BaseModel):
+    kind: str
+    reach: Reach
+    recall: float
+    trained_items: int
+
+
+class _Facts(BaseModel):
+    format: Literal[2] = 2
+    embedding_version: str
+    dimension: int
+    items: int
+    exact_max_items: int
+    build_time_ms: int
+    # Rows in use, and those of them that are not in the index.
+    rows: int
+    absent_rows: list[int]
+    # Of the vectors of the rows that are.
+    vectors_crc32: int
+    lists: _ListsFacts | None
 
 
 def save_index(index: ItemIndex, path: Path) -> None:
     """Writes what is in the index now (delta merged) as `path`, and its facts beside it as `path` + `.json`."""
     if index.delta_count or index.tombstone_count:
         index.rebuild()
-    parts = index.parts
-    made = parts.lists
+    rows, present, made, exact_max_items, build_time_ms = index.parts
+    info = index.info
     # An exact index is its vectors; the file says so to whoever opens it.
-    faiss.write_index(faiss.IndexFlatIP(index.vectors.shape[1]) if made is None else made.index, str(path))
-    facts: dict[str, Any] = {
-        "format": FORMAT,
-        "embedding_version": index.info.embedding_version,
-        "dimension": index.info.dimension,
-        "items": len(index),
-        "exact_max_items": parts.exact_max_items,
-        "build_time_ms": parts.build_time_ms,
-        "rows": parts.rows,
-        "absent_rows": np.setdiff1d(np.arange(parts.rows), bits.members(parts.present)).tolist(),
-        "vectors_crc32": _checksum(index.vectors, parts),
-        "lists": None
+    faiss.write_index(faiss.IndexFlatIP(info.dimension) if made is None else made.index, str(path))
+    facts = _Facts(
+        embedding_version=info.embedding_version,
+        dimension=info.dimension,
+        items=len(index),
+        exact_max_items=exact_max_items,
+        build_time_ms=build_time_ms,
+        rows=rows,
+        absent_rows=np.setdiff1d(np.arange(rows), bits.members(present)).tolist(),
+        vectors_crc32=_checksum(index.vectors, bits.members(present)),
+        lists=None
         if made is None
-        else {
-            "kind": made.kind,
-            "probes": made.probes,
-            "recall": made.recall,
-            "trained_items": made.trained_items,
-        },
-    }
-    _facts_path(path).write_text(json.dumps(facts) + "\n", "utf-8")
+        else _ListsFacts(kind=made.kind, reach=made.reach, recall=made.recall, trained_items=made.trained_items),
+    )
+    _facts_path(path).write_text(facts.model_dump_json() + "\n", "utf-8")
 
 
 def load_index(path: Path, vectors: Floats) -> ItemIndex:
@@ -63,38 +80,36 @@ def load_index(path: Path, vectors: Floats) -> ItemIndex:
         ArtifactError: missing, cut short, not of its facts, or not of these vectors.
     """
     try:
-        facts: dict[str, Any] = json.loads(_facts_path(path).read_text("utf-8"))
-        if facts["format"] != FORMAT:
-            raise ArtifactError(f"index {path} is of format {facts['format']}, not {FORMAT}; run `headrace train`")
-        count, items = int(facts["rows"]), int(facts["items"])
-        absent = np.array(facts["absent_rows"], np.int64)
+        facts = _Facts.model_validate_json(_facts_path(path).read_text("utf-8"))
         index = faiss.read_index(str(path))
-        made = None if facts["lists"] is None else Lists(index, **facts["lists"])
-        dimension, exact_max_items = int(facts["dimension"]), int(facts["exact_max_items"])
-        build_time_ms = int(facts["build_time_ms"])
-        embedding_version, checksum = str(facts["embedding_version"]), int(facts["vectors_crc32"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"index {path} cannot be read ({reason}); train again with `headrace train`") from error
-    is_whole = index.d == dimension and index.ntotal == (0 if made is None else items) and items == count - len(absent)
-    if not is_whole:
+    rows = np.setdiff1d(np.arange(facts.rows), facts.absent_rows)
+    listed = 0 if facts.lists is None else facts.items
+    if index.d != facts.dimension or index.ntotal != listed or len(rows) != facts.items:
         raise ArtifactError(
             f"index {path} is not what {_facts_path(path).name} describes; train again with `headrace train`"
         )
-    present = bits.pack(np.isin(np.arange(count), absent, invert=True), count + _ROOM)
-    parts = Parts(count, present, made, exact_max_items, build_time_ms)
-    is_theirs = vectors.shape[1:] == (dimension,) and len(vectors) >= count
-    if not is_theirs or _checksum(vectors, parts) != checksum:
+    are_theirs = vectors.shape[1:] == (facts.dimension,) and len(vectors) >= facts.rows
+    if not are_theirs or _checksum(vectors, rows) != facts.vectors_crc32:
         raise ArtifactError(f"index {path} was made of other vectors than these; train again with `headrace train`")
-    table = np.zeros((count + _ROOM, dimension), np.float32)
-    table[:count] = vectors[:count]
-    return ItemIndex.of_parts(table, parts, embedding_version)
+    table = np.zeros((facts.rows + _ROOM, facts.dimension), np.float32)
+    table[: facts.rows] = vectors[: facts.rows]
+    present = bits.adding(bits.none_of(len(table)), rows)
+    made = None if facts.lists is None else _lists(index, facts.lists, table, rows)
+    parts = Parts(facts.rows, present, made, facts.exact_max_items, facts.build_time_ms)
+    return ItemIndex.of_parts(table, parts, facts.embedding_version)
 
 
-def _checksum(vectors: Floats, parts: Parts) -> int:
-    """Of the vectors of the rows that are in the index."""
-    rows = bits.members(parts.present)
-    taken = vectors[: parts.rows] if len(rows) == parts.rows else vectors[rows]
+def _lists(index: faiss.Index, facts: _ListsFacts, table: Floats, rows: bits.Rows) -> Lists:
+    sample = Sample.of(table, rows)
+    return Lists(index, facts.kind, facts.reach, facts.recall, facts.trained_items, sample, on_gpu(index))
+
+
+def _checksum(vectors: Floats, rows: bits.Rows) -> int:
+    # Without a copy where all rows are there.
+    taken = vectors[: len(rows)] if len(rows) and rows[-1] == len(rows) - 1 else vectors[rows]
     return zlib.crc32(np.ascontiguousarray(taken, np.float32).data)
 
 

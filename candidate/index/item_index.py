@@ -6,6 +6,7 @@ rebuild; what a write returned from is in the next search; `allowed` acts inside
 whenever k are allowed.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,19 +15,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from candidate.index import bits, exact, lists
+from candidate.index import bits, lists
 from candidate.index.bits import Bits, Bools, Rows
-from candidate.index.delta import Delta, merge_best
+from candidate.index.delta import Delta
 from candidate.index.exact import Floats
-from candidate.index.lists import Lists
+from candidate.index.lists import Lists, share_found
+from candidate.index.reach import RECALL_K, RECALL_QUERIES
+from candidate.index.state import State, counted, search, search_exact, with_room
 from core.errors import InvalidRequestError
 
 # More results than this are no candidates any more.
 MAX_K = 16_384
-# Where this share of the rows passes a filter, or less, those are scored one by one: exact, and cheaper.
-SCAN_MAX_SHARE = 0.05
 # Every search looks at the whole delta, and past the removed: beyond this size, or share of the lists, they are merged.
 DELTA_MAX_ITEMS, DELTA_MAX_SHARE = 2_000, 0.005
+# A rebuild that failed is not tried again before.
+_RETRY_SECONDS = 30.0
 _ROOM = 1024
 
 
@@ -38,7 +41,7 @@ class IndexInfo:
     dimension: int
     main_items: int
     build_time_ms: int
-    # Lists probed per search, 0 where the search is exact; the recall measured with them.
+    # Lists probed for 500 items, 0 where the search is exact; the recall measured with them.
     probes: int = 0
     recall: float = 1.0
     embedding_version: str = ""
@@ -64,37 +67,22 @@ class Parts(NamedTuple):
     build_time_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What one search sees. Arrays are replaced, never changed; but a row's vector is overwritten by its next."""
-
-    vectors: Floats  # by row, with room for more; [capacity, d]
-    # Rows in use: the highest and all below.
-    count: int
-    # Rows that are in the index, and how many.
-    present: Bits
-    size: int
-    # None: every vector is scored. Else the rows that the lists have as they are now, and how many.
-    lists: Lists | None
-    listed: Bits
-    listed_size: int
-    delta: Delta
-    build_time_ms: int
-
-
 class ItemIndex:
     """Vectors by catalogue row, searched by inner product."""
 
-    def __init__(self, state: _State, exact_max_items: int, embedding_version: str) -> None:
+    def __init__(self, state: State, exact_max_items: int, embedding_version: str) -> None:
         self._state = state
         self._exact_max_items = exact_max_items
         self._embedding_version = embedding_version
         self._writing = threading.Lock()
         # Rows written since a rebuild began; None while there is none.
         self._touched: set[int] | None = None
+        self._failed_at = -math.inf
         # What users asked lately, to tune by; and whether too little of it was found.
         self._asked: list[Floats] = []
         self._misses = False
+        #: So many changes are merged, or a two-hundredth of the items where that is more.
+        self.delta_max_items = DELTA_MAX_ITEMS
         #: Called with searches that took place, for as long as it is set: see candidate/index/recall.py.
         self.listener: Callable[[Sample], None] | None = None
 
@@ -139,7 +127,7 @@ class ItemIndex:
         count, present, made, exact_max_items, built_ms = parts
         size = bits.count(present)
         delta = Delta.empty(table.shape[1])
-        state = _State(table, count, present, size, made, present, size, delta, built_ms)
+        state = State(table, count, present, size, made, present, size, delta, built_ms)
         return cls(state, exact_max_items, embedding_version)
 
     def __len__(self) -> int:
@@ -151,7 +139,9 @@ class ItemIndex:
         common = (state.vectors.shape[1], self.main_count, state.build_time_ms)
         if state.lists is None:
             return IndexInfo("Flat", *common, embedding_version=self._embedding_version)
-        return IndexInfo(state.lists.kind, *common, state.lists.probes, state.lists.recall, self._embedding_version)
+        return IndexInfo(
+            state.lists.kind, *common, state.lists.reach.of_best(RECALL_K), state.lists.recall, self._embedding_version
+        )
 
     @property
     def parts(self) -> "Parts":
@@ -200,13 +190,17 @@ class ItemIndex:
             raise InvalidRequestError("k", f"must be in 0..{MAX_K}, not {k}")
         if self.listener is not None and len(queries):
             self.listener(Sample(queries[0], k, allowed))
-        return _search(state, queries, k, allowed)
+        return search(state, queries, k, allowed)
 
     def search_exact(self, queries: Floats, k: int, allowed: Bools | None = None) -> Rows:
         """What `search` would find if it looked at everything. [B, k]."""
-        state = self._state
-        passing, _ = _passing(state.present, state.size, allowed)
-        return exact.search_all(queries, state.vectors[: state.count], k, passing)[0]
+        return search_exact(self._state, queries, k, allowed)
+
+    def recall_of(self, sample: Sample) -> float:
+        """The share of the exact answer that a search finds now."""
+        state, queries = self._state, np.ascontiguousarray(sample.query[None])
+        wanted = search_exact(state, queries, sample.k, sample.allowed)
+        return share_found(search(state, queries, sample.k, sample.allowed)[0], wanted)
 
     def upsert(self, row: int, vector: Floats) -> None:
         """Adds an item, or gives it another vector."""
@@ -228,12 +222,19 @@ class ItemIndex:
             raise InvalidRequestError("rows", "must not be negative")
         with self._writing:
             self._touch(latest)
-            state = _with_room(self._state, int(where.max()) + 1)
+            state = with_room(self._state, int(where.max()) + 1)
             state.vectors[where] = vectors
-            state = _counted(replace(state, present=bits.adding(state.present, where)))
+            state = counted(replace(state, present=bits.adding(state.present, where)))
             if state.lists is not None:
                 listed = bits.without(state.listed, where)
-                state = _counted(replace(state, listed=listed, delta=state.delta.adding(where, vectors)))
+                state = counted(replace(state, listed=listed, delta=state.delta.adding(where, vectors)))
+            self._state = state
+
+    def keep(self, row: int, vector: Floats) -> None:
+        """Puts a vector where `vectors` has it, of an item that is not searched here."""
+        with self._writing:
+            state = with_room(self._state, row + 1)
+            state.vectors[row] = vector
             self._state = state
 
     def remove(self, row: int) -> None:
@@ -248,26 +249,27 @@ class ItemIndex:
             self._touch(known.tolist())
             present, listed = bits.without(state.present, known), bits.without(state.listed, known)
             delta = state.delta.without(known.tolist())
-            self._state = _counted(replace(state, present=present, listed=listed, delta=delta))
+            self._state = counted(replace(state, present=present, listed=listed, delta=delta))
 
-    def ask_for_recall(self, recall_is_low: bool, asked: Sequence[Floats]) -> None:
-        """Tells what users asked [d] each, and whether too little of it is found: the next rebuild tunes by it."""
-        self._asked, self._misses = list(asked), recall_is_low
+    def ask_for_recall(self, asked: Iterable[Floats], *, is_low: bool) -> None:
+        """Tells what users asked [d] each, and whether too little of it was found: a rebuild tunes by it."""
+        self._asked = list(asked)
+        self._misses = self._misses or (is_low and self._state.lists is not None)
 
     def wants_rebuild(self) -> bool:
         state = self._state
-        if self._touched is not None:
+        if self._touched is not None or time.monotonic() < self._failed_at + _RETRY_SECONDS:
             return False
         if state.lists is None:
             return state.size > self._exact_max_items
         waste = state.delta.size + self.tombstone_count
-        return self._misses or waste > max(DELTA_MAX_ITEMS, int(DELTA_MAX_SHARE * state.lists.count))
+        return self._misses or waste > max(self.delta_max_items, int(DELTA_MAX_SHARE * state.lists.count))
 
-    def rebuild(self) -> None:
+    def rebuild(self, *, anew: bool = False) -> None:
         """Makes lists of what is in now, beside searches and writes, and swaps them in at once.
 
         Delta and removals are merged into a copy of the lists. They are trained anew where the items have outgrown
-        them; an index that has become small is exact again.
+        them, or `anew` says so; an index that has become small is exact again.
         """
         with self._writing:
             if self._touched is not None:
@@ -275,9 +277,10 @@ class ItemIndex:
             self._touched = set()
             before = self._state
         try:
-            made = self._make_lists(before)
+            made = self._make_lists(before, anew=anew)
         except BaseException:
             self._touched = None
+            self._failed_at = time.monotonic()
             raise
         with self._writing:
             touched, self._touched = np.array(sorted(self._touched), np.int64), None
@@ -287,15 +290,15 @@ class ItemIndex:
                 late = touched[bits.having(state.present, touched)]
                 listed = bits.without(bits.grown(before.present, len(state.vectors)), touched)
                 delta = delta.adding(late, state.vectors[late])
-            self._state = _counted(replace(state, lists=made, listed=listed, delta=delta, build_time_ms=_now_ms()))
+            self._state = counted(replace(state, lists=made, listed=listed, delta=delta, build_time_ms=_now_ms()))
 
-    def _make_lists(self, before: _State) -> Lists | None:
+    def _make_lists(self, before: State, *, anew: bool) -> Lists | None:
         misses, self._misses = self._misses, False
         if before.size <= self._exact_max_items // (1 if before.lists is None else 2):
             return None
         vectors = before.vectors[: before.count]
-        queries = np.stack(self._asked) if len(self._asked) >= lists.RECALL_QUERIES // 2 else None
-        if before.lists is None or not before.lists.fit(before.size):
+        queries = np.stack(self._asked) if len(self._asked) >= RECALL_QUERIES // 2 else None
+        if anew or before.lists is None or not before.lists.fit(before.size):
             return lists.train(vectors, before.present, queries)
         new = bits.members(before.present & ~before.listed)
         made = lists.merged(before.lists, before.listed, vectors, new)
@@ -305,71 +308,6 @@ class ItemIndex:
         """Remembers what a rebuild that runs must not undo. The caller holds the lock."""
         if self._touched is not None:
             self._touched.update(rows)
-
-
-def _search(state: _State, queries: Floats, k: int, allowed: Bools | None) -> tuple[Rows, Floats]:
-    made, vectors = state.lists, state.vectors[: state.count]
-    within, size = (state.present, state.size) if made is None else (state.listed, state.listed_size)
-    passing, left = _passing(within, size, allowed)
-    width = min(k, left)
-    if not width:
-        found = exact.nothing(len(queries), 0)
-    elif left <= SCAN_MAX_SHARE * state.count:
-        found = exact.search_some(queries, vectors, passing, width)
-    elif made is None:
-        found = exact.search_all(queries, vectors, width, passing if left < state.count else None)
-    else:
-        found = made.search(queries, width, made.probes_for(left / size), passing if left < made.count else None)
-        found = _completed(found, queries, vectors, passing)
-    rows, scores = _padded(found, k)
-    if made is not None and state.delta.size:
-        rows, scores = merge_best((rows, scores), state.delta.search(queries, k, allowed), k)
-    return rows, scores
-
-
-def _completed(found: tuple[Rows, Floats], queries: Floats, vectors: Floats, passing: Bits) -> tuple[Rows, Floats]:
-    """Exact answers for queries whose lists held too few that pass: the filter lies elsewhere than the query."""
-    rows, scores = found
-    short = np.flatnonzero(rows[:, -1] < 0)
-    if len(short):
-        rows[short], scores[short] = exact.search_all(queries[short], vectors, rows.shape[1], passing)
-    return rows, scores
-
-
-def _passing(within: Bits, size: int, allowed: Bools | None) -> tuple[Bits, int]:
-    """The rows of `within` that are allowed, and how many."""
-    if allowed is None:
-        return within, size
-    passing = bits.pack(allowed, 8 * len(within)) & within
-    return passing, bits.count(passing)
-
-
-def _padded(found: tuple[Rows, Floats], k: int) -> tuple[Rows, Floats]:
-    rows, scores = found
-    if rows.shape[1] == k:
-        return found
-    missing = ((0, 0), (0, k - rows.shape[1]))
-    return np.pad(rows, missing, constant_values=-1), np.pad(scores, missing, constant_values=-np.inf)
-
-
-def _with_room(state: _State, count: int) -> _State:
-    """With at least `count` rows in use."""
-    if count <= state.count:
-        return state
-    if count <= len(state.vectors):
-        return replace(state, count=count)
-    vectors = np.zeros((2 * count, state.vectors.shape[1]), np.float32)
-    vectors[: state.count] = state.vectors[: state.count]
-    present, listed = bits.grown(state.present, len(vectors)), bits.grown(state.listed, len(vectors))
-    return replace(state, vectors=vectors, count=count, present=present, listed=listed)
-
-
-def _counted(state: _State) -> _State:
-    """With the sizes of its sets; an exact index has no other set than what is present."""
-    size = bits.count(state.present)
-    if state.lists is None:
-        return replace(state, size=size, listed=state.present, listed_size=size)
-    return replace(state, size=size, listed_size=bits.count(state.listed))
 
 
 def _check_vectors(vectors: Floats, dimension: int) -> None:

@@ -1,4 +1,4 @@
-"""The approximate part: inverted lists of half-precision vectors (FAISS IVF, SQfp16), tuned to a recall.
+"""The approximate part: inverted lists of half-precision vectors (FAISS IVF, SQfp16), searched as deep as is needed.
 
 Measured against 8-bit codes, plain lists and HNSW in benchmarks/index.md. Made, merged and searched by ItemIndex;
 pure: everything comes in as an argument. Invariant: a `Lists` is never changed once it is made, so any number of
@@ -12,17 +12,16 @@ from typing import Any
 import faiss
 import numpy as np
 
-from candidate.index import bits
+from candidate.index import bits, reach
 from candidate.index.bits import Bits, Rows
 from candidate.index.exact import Floats, on_one_core, search_all, with_infinities
+from candidate.index.gpu import GpuLists, on_gpu
+from candidate.index.reach import RECALL_K, RECALL_QUERIES, Reach, Sample
 
-# Probes are raised until this share of the exact neighbours is found in held-out queries: with what other queries
-# may differ from those, 0.98 holds.
-RECALL_TARGET, RECALL_QUERIES, RECALL_K = 0.985, 256, 500
 # k-means sees so many vectors for each list; FAISS asks for 39 at least.
 _SAMPLE_PER_LIST, _LEAST_PER_LIST = 64, 39
-# Vectors are added so many at a time: what waits for the interpreter's lock comes in between.
-_SLICE = 16_384
+# Vectors are copied and added so many at a time.
+_SLICE = 131_072
 # The lists fit the items until their number is this many times what they were trained for, or that much less.
 _OUTGROWN = 2.0
 
@@ -33,11 +32,13 @@ class Lists:
 
     index: Any  # faiss.IndexIVF
     kind: str
-    # Lists searched per query, and the recall measured with them when they were chosen.
-    probes: int
+    # How many lists to probe for what; and the recall measured with that.
+    reach: Reach
     recall: float
     # Items when the centroids were trained.
     trained_items: int
+    sample: Sample
+    gpu: GpuLists | None
 
     @property
     def count(self) -> int:
@@ -48,12 +49,21 @@ class Lists:
         """Whether the centroids still suit so many items."""
         return self.trained_items / _OUTGROWN <= items <= self.trained_items * _OUTGROWN
 
-    def probes_for(self, share: float) -> int:
-        """Lists to search where a share of the items passes: the k best of those that pass lie further apart."""
-        return min(int(self.index.nlist), math.ceil(self.probes / share))
+    def search(self, queries: Floats, k: int, passing: Bits | None, left: int) -> tuple[Rows, Floats]:
+        """The k best rows of each query [B, d], of the `left` ones in `passing` (None = all)."""
+        if passing is None:
+            depth, probes = k, self.reach.of_best(k)
+        else:
+            depth = self.sample.depth(queries, k, passing, self.count - left)
+            probes = self.reach.of_rank(depth)
+        if self.gpu is not None:
+            found = self.gpu.search(queries, k, depth, probes, passing)
+            if found is not None:
+                return with_infinities(*found)
+        return self.search_lists(queries, k, probes, passing)
 
-    def search(self, queries: Floats, k: int, probes: int, passing: Bits | None = None) -> tuple[Rows, Floats]:
-        """The k best rows of each query [B, d], of those in `passing`, within the nearest `probes` lists."""
+    def search_lists(self, queries: Floats, k: int, probes: int, passing: Bits | None = None) -> tuple[Rows, Floats]:
+        """The k best within the nearest `probes` lists, by the CPU."""
         on_one_core()
         # Given to each search: on the index itself the probes would be state that searches share.
         parameters: Any = faiss.SearchParametersIVF()
@@ -65,12 +75,12 @@ class Lists:
 
 
 def train(vectors: Floats, live: Bits, queries: Floats | None = None, seed: int = 0) -> Lists:
-    """Lists of the rows `live` of `vectors` [n, d], from nothing: centroids, vectors, probes.
+    """Lists of the rows `live` of `vectors` [n, d], from nothing: centroids, vectors, reach.
 
     Args:
         vectors: by row.
         live: the rows to take.
-        queries: what users ask [B, d], to tune the probes; None = points between two items.
+        queries: what users ask [B, d], to measure the reach by; None = points between two items.
         seed: of the samples.
     """
     on_one_core()
@@ -83,7 +93,7 @@ def train(vectors: Floats, live: Bits, queries: Floats | None = None, seed: int 
     sample = np.sort(rng.choice(rows, min(len(rows), _SAMPLE_PER_LIST * lists), replace=False))
     index.train(vectors[sample])
     _add(index, vectors, rows)
-    made = Lists(index, kind, 1, 0.0, len(rows))
+    made = Lists(index, kind, Reach.everywhere(lists), 0.0, len(rows), Sample.of(vectors, rows), on_gpu(index))
     return tuned(made, vectors, live, queries if queries is not None else between(vectors, rows, rng))
 
 
@@ -94,26 +104,19 @@ def merged(lists: Lists, keep: Bits, vectors: Floats, rows: Rows) -> Lists:
     selector = faiss.IDSelectorBitmap(len(keep), faiss.swig_ptr(keep))
     index.remove_ids(faiss.IDSelectorNot(selector))
     _add(index, vectors, rows)
-    return replace(lists, index=index)
+    sample = Sample.of(vectors, np.concatenate([bits.members(keep), rows]))
+    return replace(lists, index=index, sample=sample, gpu=on_gpu(index))
 
 
 def tuned(lists: Lists, vectors: Floats, live: Bits, queries: Floats) -> Lists:
-    """The same lists with the fewest probes that reach the recall wanted, to within a sixteenth."""
+    """The same lists, their reach measured by these queries."""
+    on_one_core()
     queries = np.ascontiguousarray(queries[:RECALL_QUERIES], np.float32)
     k = min(RECALL_K, lists.count)
-    exact = search_all(queries, vectors, k, live)[0]
-
-    def recall(probes: int) -> float:
-        return share_found(lists.search(queries, k, probes)[0], exact)
-
-    least, probes, most = 1, 8, int(lists.index.nlist)
-    probes = min(probes, most)
-    while probes < most and recall(probes) < RECALL_TARGET:
-        least, probes = probes, min(most, 2 * probes)
-    while probes - least > max(1, least // 16):
-        middle = (least + probes) // 2
-        least, probes = (least, middle) if recall(middle) >= RECALL_TARGET else (middle, probes)
-    return replace(lists, probes=probes, recall=round(recall(probes), 4))
+    exact, _ = search_all(queries, vectors, min(reach.DEEPEST, lists.count), live)
+    measured = reach.measure(_centroid_ranks(lists.index, queries, exact, len(vectors)), lists.index.nlist)
+    found, _ = lists.search_lists(queries, k, measured.of_best(k))
+    return replace(lists, reach=measured, recall=round(share_found(found, exact[:, :k]), 4))
 
 
 def between(vectors: Floats, rows: Rows, rng: np.random.Generator) -> Floats:
@@ -137,3 +140,16 @@ def _add(index: Any, vectors: Floats, rows: Rows) -> None:
     for start in range(0, len(rows), _SLICE):
         part = rows[start : start + _SLICE]
         index.add_with_ids(vectors[part], part)
+
+
+def _centroid_ranks(index: Any, queries: Floats, rows: Rows, row_count: int) -> Rows:
+    """How many lists are nearer to each query than that of each of its rows [B, n]: probes must go beyond. [B, n]."""
+    list_of = np.zeros(row_count, np.int64)
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        if size:
+            list_of[faiss.rev_swig_ptr(index.invlists.get_ids(number), size)] = number
+    _, nearest = index.quantizer.search(queries, index.nlist)
+    rank_of = np.empty_like(nearest)
+    np.put_along_axis(rank_of, nearest, np.broadcast_to(np.arange(index.nlist), nearest.shape), 1)
+    return np.take_along_axis(rank_of, list_of[rows], 1)

@@ -140,7 +140,7 @@ def _note(query: Query, response: RetrieveCandidatesResponse) -> None:
     trace.index_version = response.index_version
     trace.embedding_version = response.embedding_version
     trace.bundle_versions.add(response.bundle_version)
-    if response.missing_sources:
+    if response.missing_sources or response.missing_shards:
         trace.degrade(types.DEGRADED_REASON_FEW_CANDIDATES)
     for probe in response.probes:
         if probe.item_id == query.probe_item_id:

@@ -69,8 +69,8 @@ class IndexMachine(RuleBasedStateMachine):
         """Writes that come between the two locks of a rebuild."""
         make = self.index._make_lists
 
-        def make_slowly(before: object) -> object:
-            made = make(before)  # type: ignore[arg-type]
+        def make_slowly(before: object, *, anew: bool) -> object:
+            made = make(before, anew=anew)  # type: ignore[arg-type]
             if removes:
                 self.remove_many(rows)
             else:
@@ -271,5 +271,7 @@ def test_a_rebuild_that_fails_leaves_the_index_as_it_was(monkeypatch: pytest.Mon
         with pytest.raises(MemoryError):
             index.rebuild()
     assert (len(index), index.delta_count) == (2100, 100)
+    index.delta_max_items = 10
+    assert not index.wants_rebuild(), "not again at once"
     index.rebuild()
     assert (len(index), index.delta_count) == (2100, 0)

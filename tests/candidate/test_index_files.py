@@ -53,7 +53,7 @@ def test_what_is_broken_or_does_not_belong_together_is_refused(exact_max_items: 
         with pytest.raises(ArtifactError, match="headrace train"):
             load_index(path, vectors)
     path.write_bytes(whole)
-    for broken in ("", "{}", "[]", facts_whole.replace('"items": 100', '"items": 99')):
+    for broken in ("", "{}", "[]", facts_whole.replace('"items":100', '"items":99')):
         facts.write_text(broken)
         with pytest.raises(ArtifactError, match="headrace train"):
             load_index(path, vectors)

@@ -209,6 +209,26 @@ Global___SourceProposals: _TypeAlias = SourceProposals  # noqa: Y015
 class RetrieveCandidatesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SourceQuotasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CANDIDATES_FIELD_NUMBER: _builtins.int
     INDEX_VERSION_FIELD_NUMBER: _builtins.int
     EMBEDDING_VERSION_FIELD_NUMBER: _builtins.int
@@ -219,6 +239,8 @@ class RetrieveCandidatesResponse(_message.Message):
     ITEM_IDS_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
     PROPOSALS_FIELD_NUMBER: _builtins.int
+    MISSING_SHARDS_FIELD_NUMBER: _builtins.int
+    SOURCE_QUOTAS_FIELD_NUMBER: _builtins.int
     index_version: _builtins.str
     embedding_version: _builtins.str
     bundle_version: _builtins.str
@@ -242,6 +264,16 @@ class RetrieveCandidatesResponse(_message.Message):
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def proposals(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceProposals]: ...
+    @_builtins.property
+    def missing_shards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Shards of the index that did not answer in time or are of another release: "number (address)". Their items are
+        missing.
+        """
+
+    @_builtins.property
+    def source_quotas(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How many candidates each source could bring: the request's quotas, or the service's own raised to fill it."""
+
     def __init__(
         self,
         *,
@@ -255,10 +287,12 @@ class RetrieveCandidatesResponse(_message.Message):
         item_ids: _abc.Iterable[_builtins.str] | None = ...,
         scores: _abc.Iterable[_builtins.float] | None = ...,
         proposals: _abc.Iterable[Global___SourceProposals] | None = ...,
+        missing_shards: _abc.Iterable[_builtins.str] | None = ...,
+        source_quotas: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "candidates", b"candidates", "embedding_version", b"embedding_version", "encoded_on_the_spot", b"encoded_on_the_spot", "index_version", b"index_version", "item_ids", b"item_ids", "missing_sources", b"missing_sources", "probes", b"probes", "proposals", b"proposals", "scores", b"scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "candidates", b"candidates", "embedding_version", b"embedding_version", "encoded_on_the_spot", b"encoded_on_the_spot", "index_version", b"index_version", "item_ids", b"item_ids", "missing_shards", b"missing_shards", "missing_sources", b"missing_sources", "probes", b"probes", "proposals", b"proposals", "scores", b"scores", "source_quotas", b"source_quotas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
