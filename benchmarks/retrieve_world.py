@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
+from candidate.co_visitation import CoVisitation
 from candidate.history import kind_names
 from candidate.index import ItemIndex, save_index
 from candidate.towers import Towers, TowersConfig, save_towers
@@ -32,6 +33,7 @@ _CLUSTERS, _SPREAD = 256, 0.5
 _CATEGORIES = 40
 # Of the items, those that were ever clicked, and those that were published of late.
 _CLICKED_SHARE, _NEW_SHARE = 0.3, 0.02
+_CLICKS, _CLICKS_PER_USER = 100_000, 20
 _MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 
 Floats = npt.NDArray[np.float32]
@@ -66,6 +68,7 @@ def publish_world(registry: Path, count: int, settings: Settings, seed: int = 0)
     )
     index = ItemIndex.build(vectors, np.arange(count), settings.candidate.exact_max_items, towers.embedding_version)
     save_index(index, staged / names.INDEX)
+    _pairs(count, settings, rng).save(staged)
     manifest = Manifest(
         version, towers.embedding_version, f"i-{version}", "", "", NOW_MS, NOW_MS, vectors.shape[1], count
     )
@@ -88,6 +91,17 @@ def user_states(users: int, events: int, items: int, settings: Settings, seed: i
             windows.apply(state, [event], settings.features)
         states.append(state)
     return states
+
+
+def _pairs(count: int, settings: Settings, rng: np.random.Generator) -> CoVisitation:
+    """Co-visitation of users who click some items in a row."""
+    pairs = CoVisitation(settings.candidate.co_visitation, settings.features)
+    rows = rng.integers(0, count, _CLICKS).tolist()
+    pairs.apply(
+        UserEvent(f"user-{number // _CLICKS_PER_USER}", number, item_id(row), "click", NOW_MS - _DAY_MS + number)
+        for number, row in enumerate(rows)
+    )
+    return pairs
 
 
 def _towers(settings: Settings, seed: int) -> Towers:
