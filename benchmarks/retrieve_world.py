@@ -57,7 +57,8 @@ def publish_world(registry: Path, count: int, settings: Settings, seed: int = 0)
     staged = staging_folder(registry, version)
     towers = _towers(settings, seed)
     save_towers(towers, staged)
-    save_file({"vectors": vectors}, staged / names.ITEM_VECTORS)
+    whose = {names.VECTORS_VERSION: towers.embedding_version}
+    save_file({"vectors": vectors}, staged / names.ITEM_VECTORS, metadata=whose)
     write_delimited(staged / names.ITEMS, _items(count, rng))
     write_delimited(
         staged / names.ITEM_STATS,

@@ -43,7 +43,8 @@ class WorkExecutor:
     def __init__(self, threads: int, queue_max: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="candidate-work")
         self._most = threads + queue_max
-        self._pending = 0
+        # Calls whose work waits or runs, and calls so far whose caller went away before its end.
+        self.pending = self.abandoned = 0
 
     async def run(self, deadline: Deadline, work: Callable[[Job], T]) -> T:
         """Runs `work` and returns its result.
@@ -52,15 +53,15 @@ class WorkExecutor:
             OverloadedError: too much is waiting already.
             StageTimeoutError: the deadline ended first.
         """
-        if self._pending >= self._most:
-            raise OverloadedError(f"{self._pending} calls are waiting already; try again later or add a replica")
+        if self.pending >= self._most:
+            raise OverloadedError(f"{self.pending} calls are waiting already; try again later or add a replica")
         job = Job(deadline)
 
         def guarded() -> T:
             job.check()
             return work(job)
 
-        self._pending += 1
+        self.pending += 1
         future = asyncio.get_running_loop().run_in_executor(self._pool, guarded)
         # Counted until the thread is free, not until the caller is gone.
         future.add_done_callback(self._done)
@@ -68,12 +69,13 @@ class WorkExecutor:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             job.cancel()
+            self.abandoned += 1
             raise
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _done(self, future: "asyncio.Future[T]") -> None:
-        self._pending -= 1
+        self.pending -= 1
         if not future.cancelled():
             future.exception()  # seen, also where the caller has gone

@@ -6,7 +6,8 @@ Called by the gRPC adapter. Invariant: what passes can be worked on without a fu
 import numpy as np
 import numpy.typing as npt
 
-from core.codec import MAX_ID_CHARS
+from core.clock import Clock
+from core.codec import MAX_ID_CHARS, MAX_NUMBER, MAX_TIME_MS, MIN_TIME_MS, to_ms
 from core.errors import InvalidRequestError, MalformedEventError
 from features import windows
 from features.vectors import SOURCES
@@ -17,6 +18,7 @@ MAX_CANDIDATES = 2000
 MAX_USERS = 1000
 MAX_PROBES = 100
 MAX_STATE_BYTES = 1_000_000
+MAX_HISTORY = 10_000
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,19 +49,37 @@ def check_user_id(field: str, user_id: str) -> None:
 
 
 def decode_state(field: str, blob: bytes) -> UserState:
+    """The state of `features.windows.encode`, as far as it is one that events could have made."""
     if len(blob) > MAX_STATE_BYTES:
         raise InvalidRequestError(field, f"{len(blob)} bytes, the limit is {MAX_STATE_BYTES}")
     try:
-        return windows.decode(blob)
+        state = windows.decode(blob)
     except (MalformedEventError, ValueError, IndexError) as error:
         raise InvalidRequestError(field, f"not an encoded user state ({error})") from error
+    if len(state.history) > MAX_HISTORY:
+        raise InvalidRequestError(field, f"{len(state.history)} interactions, the limit is {MAX_HISTORY}")
+    for entry in state.history:
+        if not (MIN_TIME_MS <= entry.time_ms <= MAX_TIME_MS and abs(entry.value) <= MAX_NUMBER):
+            raise InvalidRequestError(field, "an interaction's time or value is out of range; is the unit right?")
+    return state
+
+
+def time_of(request: RetrieveCandidatesRequest, clock: Clock) -> int:
+    """As of when the request is to be answered (ms)."""
+    if not request.context.HasField("as_of_time"):
+        return clock.now_ms()
+    now_ms = to_ms(request.context.as_of_time)
+    if not MIN_TIME_MS <= now_ms <= MAX_TIME_MS:
+        raise InvalidRequestError("context.as_of_time", "is not between 1971 and 2100; is the unit right?")
+    return now_ms
 
 
 def embedding_of(request: RetrieveCandidatesRequest, dimension: int, is_ours: bool) -> Floats:
-    """The vector of the request as an array, of which only a vector of our version must have our dimension."""
-    vector = np.array(request.embedding, np.float32)
+    """The vector of the request as a unit vector, of which only a vector of our version must have our dimension."""
+    # In double precision, in which no length of single-precision numbers overflows.
+    vector = np.array(request.embedding, np.float64)
     if not np.isfinite(vector).all():
         raise InvalidRequestError("embedding", "must be finite numbers")
     if is_ours and len(vector) not in (0, dimension):
         raise InvalidRequestError("embedding", f"{dimension} numbers are needed, not {len(vector)}")
-    return vector
+    return (vector / (np.linalg.norm(vector) or 1.0)).astype(np.float32)

@@ -17,11 +17,10 @@ from candidate.executor import Job
 from candidate.explain import Answered, probe
 from candidate.merging import merge, scaled_quotas
 from candidate.reply import fill_columns, fill_messages
-from candidate.requests import decode_state, embedding_of
+from candidate.requests import decode_state, embedding_of, time_of
 from candidate.snapshot import Snapshot
 from candidate.sources import CandidateSource, Hits, Query
 from core.clock import Clock
-from core.codec import to_ms
 from core.errors import StageTimeoutError
 from core.settings import Settings
 from core.telemetry import get_logger
@@ -65,7 +64,7 @@ class Retriever:
             InvalidRequestError: a field that only the snapshot can judge (dimension, attribute names, state).
             StageTimeoutError: the call was over before anything was found.
         """
-        now_ms = to_ms(request.context.as_of_time) if request.context.HasField("as_of_time") else self._clock.now_ms()
+        now_ms = time_of(request, self._clock)
         user = self._user(request, snapshot)
         masks = self._masks(request, snapshot, user.state, now_ms)
         query = self._query(snapshot, user, masks, now_ms)
@@ -92,17 +91,17 @@ class Retriever:
 
     def encode(self, request: EncodeUsersRequest, snapshot: Snapshot, job: Job) -> EncodeUsersResponse:
         """Vectors of checked users, a batch at a time; stops between batches where the call is over."""
-        states = [decode_state(f"users[{index}].state", user.state) for index, user in enumerate(request.users)]
         response = EncodeUsersResponse(embedding_version=snapshot.embedding_version)
         size = self._settings.candidate.encode_batch_users
-        for start in range(0, len(states), size):
+        for start in range(0, len(request.users), size):
             job.check()
-            part = states[start : start + size]
-            vectors, known = snapshot.encoder.encode(part, snapshot.catalog, snapshot.vectors)
-            for user, state, vector, is_known in zip(request.users[start:], part, vectors, known, strict=False):
+            users = request.users[start : start + size]
+            states = [decode_state(f"users[{start + at}].state", user.state) for at, user in enumerate(users)]
+            vectors, known = snapshot.encoder.encode(states, snapshot.catalog, snapshot.vectors)
+            for user, state, vector, is_known in zip(users, states, vectors, known, strict=True):
                 embedding = vector.tolist() if is_known else None
                 response.users.append(EncodedUser(user_id=user.user_id, embedding=embedding, revision=state.revision))
-        metrics.encoded_users.labels("EncodeUsers").inc(len(states))
+            metrics.encoded_users.labels("EncodeUsers").inc(len(users))
         return response
 
     def _user(self, request: RetrieveCandidatesRequest, snapshot: Snapshot) -> _User:
@@ -110,7 +109,7 @@ class Retriever:
         is_ours = request.embedding_version == snapshot.embedding_version
         stored = embedding_of(request, snapshot.dimension, is_ours)
         if is_ours and stored.any() and request.embedding_revision >= state.revision:
-            return _User(state, stored / np.linalg.norm(stored), was_encoded=False)
+            return _User(state, stored, was_encoded=False)
         if not state.history:
             return _User(state, None, was_encoded=False)
         vectors, known = snapshot.encoder.encode([state], snapshot.catalog, snapshot.vectors)

@@ -10,8 +10,7 @@ import time
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from candidate import metrics
 from candidate.attributes import Attributes
@@ -20,7 +19,7 @@ from candidate.encoder import UserEncoder, encode_items
 from candidate.index import ItemIndex, load_index
 from candidate.shard import Shard
 from candidate.towers import Towers, load_towers
-from core.bundle import CO_VISITATION, INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
+from core.bundle import CO_VISITATION, INDEX, ITEM_STATS, ITEM_VECTORS, VECTORS_VERSION, Manifest, ReleaseBundle
 from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
@@ -175,12 +174,25 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
 
 
 def read_item_vectors(bundle: ReleaseBundle) -> Floats:
-    """The item vectors [n, d]. Raises ArtifactError where they cannot be read or are no numbers."""
+    """The item vectors [n, d].
+
+    Raises:
+        ArtifactError: they cannot be read, are no numbers, or are of other towers than the bundle's.
+    """
     path = bundle.file(ITEM_VECTORS)
     try:
-        vectors = load_file(path)["vectors"]
+        with safe_open(path, "numpy") as file:
+            vectors = file.get_tensor("vectors")
+            # A bundle of an earlier version does not say whose they are.
+            version = (file.metadata() or {}).get(VECTORS_VERSION, bundle.manifest.embedding_version)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); run `headrace train`") from error
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ArtifactError(f"{path} does not hold vectors of finite numbers; run `headrace train`")
-    return vectors.astype(np.float32)
+    if version != bundle.manifest.embedding_version:
+        raise ArtifactError(
+            f"bundle {bundle.version}: the vectors are of embedding version {version}, the manifest says "
+            f"{bundle.manifest.embedding_version}; run `headrace train`"
+        )
+    found: Floats = vectors.astype(np.float32)
+    return found

@@ -34,6 +34,7 @@ MAX_RECORD_BYTES = 4 * 1024 * 1024
 ITEMS = "items.binpb"  # headrace.v1.Item, length-delimited
 ITEM_STATS = "item_stats.binpb"  # headrace.v1.ItemStats, length-delimited
 ITEM_VECTORS = "item_vectors.safetensors"  # `vectors` float32 [n, d], rows in the order of ITEMS
+VECTORS_VERSION = "embedding_version"  # in that file's metadata: of the towers that made them
 TOWERS = "towers.safetensors"
 TOWERS_CONFIG = "towers.json"
 INDEX = "index.faiss"

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from candidate.encoder import encode_items
 from candidate.history import kind_names
 from candidate.towers import Towers, TowersConfig, save_towers
-from core.bundle import ITEM_VECTORS
+from core.bundle import ITEM_VECTORS, VECTORS_VERSION
 from core.settings import OfflineSettings, Settings
 from core.telemetry import get_logger
 from features.stores.event_log import EventLog
@@ -89,7 +89,8 @@ def train_towers(
     )
     work.mkdir(parents=True, exist_ok=True)
     save_towers(trained.towers, work)
-    save_file({"vectors": trained.item_vectors}, work / ITEM_VECTORS)
+    whose = {VECTORS_VERSION: trained.towers.embedding_version}
+    save_file({"vectors": trained.item_vectors}, work / ITEM_VECTORS, metadata=whose)
     _log.info("towers trained", seconds=round(time.monotonic() - started, 1), **trained.metrics)
     return trained
 

@@ -1,17 +1,35 @@
 """A tiny world with four tastes, and a bundle of it made by the real trainer."""
 
-from collections.abc import Callable
+import copy
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 
+from candidate.bootstrap import SERVICE, make_sources
+from candidate.encoder import encode_items
+from candidate.executor import WorkExecutor
+from candidate.feed import Snapshots
 from candidate.index import ItemIndex, save_index
+from candidate.retriever import Retriever
+from candidate.service import CandidateService
+from candidate.sources import CandidateSource
+from candidate.towers import save_towers
 from core import bundle as names
 from core.bundle import Manifest, ReleaseBundle, publish, staging_folder, write_delimited
+from core.clock import SystemClock
 from core.codec import from_ms
+from core.grpc_runtime import GrpcServer, channel
+from core.kafka import Record
 from core.settings import Settings, load_settings
+from core.topics import Topics
 from features import item_stats, windows
 from features.item_stats import ItemPartial
 from features.stores.erasures import UnerasedLog
@@ -19,6 +37,8 @@ from features.stores.event_log import user_events
 from features.stores.event_rows import EVENTS, ITEMS, to_table
 from features.transforms import stable_hash
 from features.windows import UserEvent, UserState
+from headrace.v1.candidate_service_pb2 import RetrieveCandidatesRequest, RetrieveCandidatesResponse
+from headrace.v1.candidate_service_pb2_grpc import CandidateServiceStub, add_CandidateServiceServicer_to_server
 from headrace.v1.events_pb2 import Event, Item
 from offline.co_visitation import learn_co_visitation
 from offline.training.towers import TrainedTowers, train_towers
@@ -125,6 +145,31 @@ def publish_bundle(
     return publish(registry, staged, replace(manifest, log_id="test"))
 
 
+# A registry of two bundles of the same items, and their embedding versions.
+OtherTowers = tuple[Path, dict[str, str]]
+
+
+@pytest.fixture(scope="session")
+def other_towers(music: World, tmp_path_factory: pytest.TempPathFactory) -> OtherTowers:
+    """v1, and v2 of towers that think a little differently."""
+    root = tmp_path_factory.mktemp("other")
+    shutil.copytree(music.registry, root / "bundles")
+    towers = copy.deepcopy(music.trained.towers)
+    with torch.no_grad():
+        for parameter in towers.user.parameters():
+            parameter.mul_(0.9)
+    vectors = encode_items(towers, music.items)
+    (root / "work").mkdir()
+    save_towers(towers, root / "work")
+    whose = {names.VECTORS_VERSION: towers.embedding_version}
+    save_file({"vectors": vectors}, root / "work" / names.ITEM_VECTORS, metadata=whose)
+    trained = TrainedTowers(towers, vectors, {})
+    publish_bundle(root / "bundles", "v2", root / "work", music.items, trained, music.log, music.settings)
+    versions = {"v1": music.trained.towers.embedding_version, "v2": towers.embedding_version}
+    assert len(set(versions.values())) == 2
+    return root / "bundles", versions
+
+
 @pytest.fixture(scope="session")
 def state_of(settings: Settings) -> Callable[..., UserState]:
     """A state from the items that a user clicked, oldest first."""
@@ -137,3 +182,92 @@ def state_of(settings: Settings) -> Callable[..., UserState]:
         return state
 
     return make
+
+
+@dataclass
+class Running:
+    """A service, its client, and the hand that plays Kafka."""
+
+    stub: Any
+    snapshots: Snapshots
+    settings: Settings
+    executor: WorkExecutor
+
+    def put(self, item: Item) -> None:
+        self.snapshots.feeds.catalog.apply([self._record(item.item_id, item.SerializeToString())])
+
+    def remove(self, item_id: str) -> None:
+        self.snapshots.feeds.catalog.apply([self._record(item_id, None)])
+
+    def tell(self, offset: int, event: Event) -> None:
+        """One message of the events topic."""
+        assert self.snapshots.feeds.events is not None
+        topic = Topics(self.settings.kafka.topic_prefix).events
+        self.snapshots.feeds.events.resume()
+        self.snapshots.feeds.events.apply([Record(topic, b"u", event.SerializeToString(), None, 0, offset)])
+
+    def _record(self, item_id: str, value: bytes | None) -> Record:
+        topic = Topics(self.settings.kafka.topic_prefix).items
+        return Record(topic, item_id.encode(), value, None, 0, 0)
+
+    async def retrieve(
+        self, state: UserState | bytes | None = None, *, timeout_seconds: float = 10, **more: Any
+    ) -> RetrieveCandidatesResponse:
+        request: dict[str, Any] = {"user_id": "u", "num_candidates": 30, **more}
+        if state is not None:
+            request["state"] = state if isinstance(state, bytes) else windows.encode(state)
+        return await self.stub.RetrieveCandidates(RetrieveCandidatesRequest(**request), timeout=timeout_seconds)
+
+
+@asynccontextmanager
+async def service(
+    settings: Settings, executor: WorkExecutor, sources: Sequence[CandidateSource]
+) -> AsyncIterator[Running]:
+    """A service on a real port, without Kafka, on the bundle that its registry calls current."""
+    snapshots = Snapshots(settings)
+    server = GrpcServer("127.0.0.1", 0, [SERVICE])
+    served = CandidateService(snapshots, Retriever(settings, sources, SystemClock()), executor)
+    add_CandidateServiceServicer_to_server(served, server.aio)
+    await server.start()
+    async with channel(f"127.0.0.1:{server.port}") as connection:
+        yield Running(CandidateServiceStub(connection), snapshots, settings, executor)
+    await server.stop(0)
+    executor.close()
+
+
+class Opener(Protocol):
+    """Opens services; all are closed at the end of the test."""
+
+    async def __call__(
+        self,
+        registry: Path | None = None,
+        executor: WorkExecutor | None = None,
+        sources: Sequence[CandidateSource] | None = None,
+        **candidate: Any,
+    ) -> Running: ...
+
+
+@pytest.fixture
+async def opener(music: World) -> AsyncIterator[Opener]:
+    async with AsyncExitStack() as stack:
+
+        async def open_one(
+            registry: Path | None = None,
+            executor: WorkExecutor | None = None,
+            sources: Sequence[CandidateSource] | None = None,
+            **candidate: Any,
+        ) -> Running:
+            values = music.settings.model_dump()
+            values["registry"]["path"] = registry or music.registry
+            values["candidate"] |= candidate
+            settings = Settings(**values)
+            return await stack.enter_async_context(
+                service(settings, executor or WorkExecutor(2, 16), sources or make_sources())
+            )
+
+        yield open_one
+
+
+@pytest.fixture
+async def running(opener: Opener) -> Running:
+    return await opener()

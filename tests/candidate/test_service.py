@@ -2,97 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import grpc
 import numpy as np
 import pytest
 
-from candidate.bootstrap import SERVICE, make_sources
-from candidate.executor import Job, WorkExecutor
-from candidate.feed import Snapshots
-from candidate.retriever import Retriever
-from candidate.service import CandidateService
-from candidate.snapshot import load_snapshot
-from core.clock import SystemClock
 from core.codec import from_ms
-from core.deadline import Deadline
-from core.errors import ArtifactError, OverloadedError, StageTimeoutError
-from core.grpc_runtime import GrpcServer, channel
 from core.kafka import Record
-from core.settings import Settings
 from core.topics import Topics
 from features import windows
 from features.windows import UserState
 from headrace.v1.candidate_service_pb2 import (
     EncodeUsersRequest,
     GetIndexInfoRequest,
-    RetrieveCandidatesRequest,
     RetrieveCandidatesResponse,
     UserToEncode,
 )
-from headrace.v1.candidate_service_pb2_grpc import CandidateServiceStub, add_CandidateServiceServicer_to_server
 from headrace.v1.events_pb2 import Event, Item
 from headrace.v1.types_pb2 import ItemFilter, LabelMatch, NumberRange
 
 if TYPE_CHECKING:
-    from conftest import World
+    from conftest import Running, World
 
 StateOf = Callable[..., UserState]
-
-
-@dataclass
-class Running:
-    """A service, its client, and the hand that plays Kafka."""
-
-    stub: Any
-    snapshots: Snapshots
-    settings: Settings
-
-    def put(self, item: Item) -> None:
-        self.snapshots.feeds.catalog.apply([self._record(item.item_id, item.SerializeToString())])
-
-    def remove(self, item_id: str) -> None:
-        self.snapshots.feeds.catalog.apply([self._record(item_id, None)])
-
-    def tell(self, offset: int, event: Event) -> None:
-        """One message of the events topic."""
-        assert self.snapshots.feeds.events is not None
-        topic = Topics(self.settings.kafka.topic_prefix).events
-        self.snapshots.feeds.events.resume()
-        self.snapshots.feeds.events.apply([Record(topic, b"u", event.SerializeToString(), None, 0, offset)])
-
-    def _record(self, item_id: str, value: bytes | None) -> Record:
-        topic = Topics(self.settings.kafka.topic_prefix).items
-        return Record(topic, item_id.encode(), value, None, 0, 0)
-
-    async def retrieve(self, state: UserState | bytes | None = None, **more: Any) -> RetrieveCandidatesResponse:
-        request: dict[str, Any] = {"user_id": "u", "num_candidates": 30, **more}
-        if state is not None:
-            request["state"] = state if isinstance(state, bytes) else windows.encode(state)
-        return await self.stub.RetrieveCandidates(RetrieveCandidatesRequest(**request), timeout=10)
-
-
-@pytest.fixture
-async def running(music: World) -> AsyncIterator[Running]:
-    registry = {"path": music.registry}
-    settings = music.settings.model_copy(update={"registry": music.settings.registry.model_copy(update=registry)})
-    snapshots = Snapshots(settings)
-    executor = WorkExecutor(2, 16)
-    server = GrpcServer("127.0.0.1", 0, [SERVICE])
-    service = CandidateService(snapshots, Retriever(settings, make_sources(), SystemClock()), executor)
-    add_CandidateServiceServicer_to_server(service, server.aio)
-    await server.start()
-    async with channel(f"127.0.0.1:{server.port}") as connection:
-        yield Running(CandidateServiceStub(connection), snapshots, settings)
-    await server.stop(0)
-    executor.close()
 
 
 def ids(response: RetrieveCandidatesResponse) -> list[str]:
@@ -249,72 +183,6 @@ async def test_users_are_encoded_in_batches_and_in_order(running: Running, state
     assert np.allclose(response.users[77].embedding, alone[0], atol=1e-5)
 
 
-async def test_probes_say_what_let_an_item_in_or_kept_it_out(running: Running, state_of: StateOf) -> None:
-    response = await running.retrieve(
-        state_of("folk-1", "folk-2"),
-        filter=ItemFilter(categories_none=["metal"]),
-        num_candidates=5,
-        exclude_seen=True,
-        probe_item_ids=["nowhere", "metal-1", "folk-1", "jazz-1", "folk-9"],
-    )
-    probes = {probe.item_id: probe for probe in response.probes}
-    assert not probes["nowhere"].known
-    assert probes["metal-1"].decided_by == "filter.categories_none"
-    assert probes["folk-1"].decided_by == "exclude_seen"
-    for item_id in ("jazz-1", "folk-9"):
-        is_in = item_id in ids(response)
-        assert probes[item_id].decided_by.startswith("source" if is_in else ("quota", "num_candidates"))
-    assert probes["folk-9"].exact_rank < probes["jazz-1"].exact_rank
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"user_id": ""}, "user_id"),
-        ({"user_id": "x" * 129}, "user_id"),
-        ({"num_candidates": 0}, "num_candidates"),
-        ({"num_candidates": 1_000_000}, "num_candidates"),
-        ({"state": b"\xff\xff"}, "state"),
-        ({"embedding": [math.nan] * 32}, "embedding"),
-        ({"embedding": [1.0] * 3, "embedding_version": "OURS"}, "embedding"),
-        ({"filter": ItemFilter(ranges=[NumberRange(name="height")])}, "filter.ranges[0].name"),
-        ({"filter": ItemFilter(ranges=[NumberRange(name="year", min=2, max=1)])}, "filter.ranges[0]"),
-        ({"filter": ItemFilter(labels=[LabelMatch(name="colour", values=["red"])])}, "filter.labels[0].name"),
-        ({"filter": ItemFilter(exclude_item_ids=["x"] * 10_001)}, "filter.exclude_item_ids"),
-        ({"source_quotas": {"magic": 3}}, "source_quotas"),
-        ({"source_quotas": {"ann": 3000}}, "source_quotas[ann]"),
-        ({"probe_item_ids": ["x"] * 101}, "probe_item_ids"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-async def test_bad_requests_are_refused_by_field(running: Running, change: dict[str, Any], field: str) -> None:
-    if change.get("embedding_version") == "OURS":
-        change = {**change, "embedding_version": running.snapshots.current.embedding_version}
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await running.retrieve(**change)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert refused.value.details().startswith(f"{field}:")
-
-
-@pytest.mark.parametrize(
-    ("users", "field"),
-    [
-        ([], "users"),
-        ([UserToEncode(user_id="u")] * 1001, "users"),
-        ([UserToEncode(user_id="u"), UserToEncode()], "users[1].user_id"),
-        ([UserToEncode(user_id="u", state=b"\xff")], "users[0].state"),
-    ],
-    ids=["none", "too many", "no id", "broken state"],
-)
-async def test_bad_encode_requests_are_refused_by_field(
-    running: Running, users: list[UserToEncode], field: str
-) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await running.stub.EncodeUsers(EncodeUsersRequest(users=users), timeout=10)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert refused.value.details().startswith(f"{field}:")
-
-
 async def test_a_source_that_fails_is_named_and_the_others_answer(
     running: Running, state_of: StateOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,45 +195,56 @@ async def test_a_source_that_fails_is_named_and_the_others_answer(
     assert response.candidates
 
 
-async def test_a_bundle_of_two_embedding_versions_is_refused(music: World, running: Running) -> None:
-    bundle = music.bundle
-    foreign = replace(bundle, manifest=replace(bundle.manifest, embedding_version="e0"))
-    with pytest.raises(ArtifactError, match="embedding version e0"):
-        load_snapshot(foreign, running.settings)
+async def test_columns_say_what_messages_say(running: Running, state_of: StateOf) -> None:
+    state = state_of("folk-1", "metal-2")
+    now = from_ms(time.time_ns() // 1_000_000)
+    messages, columns = [
+        await running.retrieve(state, num_candidates=60, columns=columns, context={"as_of_time": now})
+        for columns in (False, True)
+    ]
+    assert not columns.candidates
+    assert not messages.item_ids
+    assert list(columns.item_ids) == ids(messages)
+    assert list(columns.scores) == [candidate.score for candidate in messages.candidates]
+    proposed = {
+        (columns.item_ids[at], part.source, score, rank)
+        for part in columns.proposals
+        for at, score, rank in zip(part.candidates, part.scores, part.ranks, strict=True)
+    }
+    assert proposed == {(c.item_id, p.source, p.score, p.rank) for c in messages.candidates for p in c.provenance}
 
 
-async def test_a_full_queue_refuses_and_recovers() -> None:
-    executor = WorkExecutor(1, 1)
-    gate, begun = threading.Event(), []
+async def test_what_the_user_did_a_moment_ago_counts(running: Running, state_of: StateOf, music: World) -> None:
+    """Read your writes: the stored vector is of before, the history that comes along is of now."""
+    before, now = state_of("jazz-1", "jazz-2"), state_of("jazz-1", "jazz-2", "metal-1", "metal-2", "metal-3")
+    vectors, _ = running.snapshots.current.encoder.encode(
+        [before], running.snapshots.current.catalog, running.snapshots.current.vectors
+    )
+    stored = {
+        "embedding": vectors[0].tolist(),
+        "embedding_version": music.trained.towers.embedding_version,
+        "embedding_revision": before.revision,
+    }
+    assert genres(await running.retrieve(before, **stored), "ann")[:5].count("jazz") >= 4
+    after = await running.retrieve(now, **stored)
+    assert after.encoded_on_the_spot
+    assert genres(after, "ann")[:5].count("metal") >= 4
+    # Nearest to the last five items are these themselves.
+    assert genres(after, "item_to_item")[:5].count("metal") == 3
 
-    def work(_: Job) -> None:
-        begun.append(1)
-        gate.wait(10)
 
-    calls = [asyncio.create_task(executor.run(Deadline.after_ms(10_000), work)) for _ in range(2)]
-    await asyncio.sleep(0)
-    with pytest.raises(OverloadedError):
-        await executor.run(Deadline.after_ms(1000), work)
-    gate.set()
-    await asyncio.gather(*calls)
-    await executor.run(Deadline.after_ms(1000), work)
-    assert len(begun) == 3
-    executor.close()
+async def test_a_vector_alone_is_enough(running: Running, music: World) -> None:
+    version = music.trained.towers.embedding_version
+    techno = music.trained.item_vectors[[item.item_id for item in music.items].index("techno-3")]
+    # Its length says nothing.
+    for length in (1e-30, 1.0, 1e30):
+        response = await running.retrieve(embedding=(techno * length).tolist(), embedding_version=version)
+        assert not response.encoded_on_the_spot
+        assert genres(response, "ann")[:5].count("techno") >= 4
 
 
-async def test_work_whose_call_is_over_is_not_begun() -> None:
-    executor = WorkExecutor(1, 8)
-    gate, begun = threading.Event(), []
-    first = asyncio.create_task(executor.run(Deadline.after_ms(10_000), lambda _: gate.wait(10)))
-    cancelled = asyncio.create_task(executor.run(Deadline.after_ms(10_000), lambda _: begun.append("cancelled")))
-    expired = asyncio.create_task(executor.run(Deadline.after_ms(0), lambda _: begun.append("expired")))
-    await asyncio.sleep(0)
-    cancelled.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await cancelled
-    gate.set()
-    await first
-    with pytest.raises(StageTimeoutError):
-        await expired
-    assert not begun
-    executor.close()
+async def test_history_of_unknown_items_is_a_defined_answer(running: Running, state_of: StateOf) -> None:
+    response = await running.retrieve(state_of("never", "heard", "of"))
+    assert {p.source for candidate in response.candidates for p in candidate.provenance} == {"trending", "new"}
+    assert not response.missing_sources
+    assert len(response.candidates) == 30
