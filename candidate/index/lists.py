@@ -49,13 +49,10 @@ class Lists:
         """Whether the centroids still suit so many items."""
         return self.trained_items / _OUTGROWN <= items <= self.trained_items * _OUTGROWN
 
-    def search(self, queries: Floats, k: int, passing: Bits | None, left: int) -> tuple[Rows, Floats]:
-        """The k best rows of each query [B, d], of the `left` ones in `passing` (None = all)."""
-        if passing is None:
-            depth, probes = k, self.reach.of_best(k)
-        else:
-            depth = self.sample.depth(queries, k, passing, self.count - left)
-            probes = self.reach.of_rank(depth)
+    def search(self, queries: Floats, k: int, passing: Bits | None, excluded: int) -> tuple[Rows, Floats]:
+        """The k best rows of each query [B, d], of those in `passing` (None = all); a filter has `excluded` some."""
+        depth = k if passing is None else self.sample.depth(queries, k, passing, excluded)
+        probes = self.reach.of_passing(k, depth)
         if self.gpu is not None:
             found = self.gpu.search(queries, k, depth, probes, passing)
             if found is not None:

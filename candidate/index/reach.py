@@ -20,8 +20,10 @@ RECALL_TARGET, RECALL_QUERIES, RECALL_K = 0.985, 256, 500
 _FIRST, DEEPEST = 64, 8192
 # One item in so many is in the sample, within these numbers.
 _SAMPLE_EVERY, _LEAST_SAMPLE, _MOST_SAMPLE = 32, 4096, 16_384
-# A filter that takes out so few (times k) is not looked at closely: all of them may be the best.
-_FEW = 2
+# A filter that takes out so few for each of the k is not looked at closely: all of them may be the best.
+_FEW = 0.1
+# While this share of those down to the k-th that passes pass, they lie all over that ball; else in its shell.
+_BALL = 0.6
 # What a depth may be underestimated by: it rests on few rows of the sample.
 _SAFETY = 1.5
 
@@ -46,9 +48,9 @@ class Reach:
         """For the k best items."""
         return self._at(self.best, k)
 
-    def of_rank(self, rank: int) -> int:
-        """For items as far down as `rank`."""
-        return self._at(self.at_rank, math.ceil(rank / 0.75))
+    def of_passing(self, k: int, depth: int) -> int:
+        """For k items of which the last is the `depth`-th of all."""
+        return self.of_best(depth) if k >= _BALL * depth else self._at(self.at_rank, math.ceil(depth / 0.75))
 
     def _at(self, probes: tuple[int, ...], rank: int) -> int:
         if rank > self.ranks[-1]:
@@ -74,7 +76,10 @@ class Sample:
         return cls(taken, vectors[taken], len(rows) / max(1, len(taken)))
 
     def depth(self, queries: Floats, k: int, passing: Bits, excluded: int) -> int:
-        """About how many items are at least as good as the k-th that passes, for the query where they are most."""
+        """About how many items are at least as good as the k-th that passes, for the query where they are most.
+
+        `excluded` are those that the filter takes out; `passing` may lack others that are removed from the index.
+        """
         if excluded <= _FEW * k:
             return k + excluded
         scores = queries @ self.vectors.T

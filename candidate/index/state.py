@@ -49,7 +49,7 @@ def search(state: State, queries: Floats, k: int, allowed: Bools | None) -> tupl
     elif made is None:
         found = exact.search_all(queries, vectors, width, passing if left < state.count else None)
     else:
-        found = made.search(queries, width, passing if left < made.count else None, left)
+        found = made.search(queries, width, passing if left < made.count else None, size - left)
         found = _completed(found, queries, vectors, passing)
     rows, scores = _padded(found, k)
     if made is not None and state.delta.size:

@@ -179,3 +179,20 @@ def test_searches_stay_on_the_thread_that_asks() -> None:
     thread.start()
     thread.join()
     assert seen == [1]
+
+
+def test_a_filter_of_a_users_own_corner_costs_no_recall() -> None:
+    """The items nearest to a user are those that the user knows: what is left lies in a shell around them."""
+    rng = np.random.default_rng(14)
+    topics = unit(rng, 200)
+    vectors = topics[rng.integers(200, size=30_000)] + 0.15 * rng.normal(size=(30_000, D)).astype(np.float32)
+    index = ItemIndex.build(vectors, np.arange(30_000), 1000)
+    queries = topics[:40] + 0.1 * rng.normal(size=(40, D)).astype(np.float32)
+    known = index.search_exact(queries, 3000)
+    recalls = []
+    for query, rows in zip(queries, known, strict=True):
+        allowed = np.ones(30_000, np.bool_)
+        allowed[rows] = False
+        found, _ = index.search(query[None], 500, allowed)
+        recalls.append(mean_recall(found, vectors[allowed], np.flatnonzero(allowed), query[None]))
+    assert np.mean(recalls) >= 0.96

@@ -61,8 +61,8 @@ def test_filters_are_applied_to_what_the_gpu_finds(
     passing, left = (bits.pack(allowed, COUNT), int(allowed.sum())) if share < 1 else (None, COUNT)
     device = Device(made.index)
     with_gpu = replace(made, gpu=GpuLists(device))
-    rows, scores = with_gpu.search(vectors[:20], 500, passing, left)
-    expected, expected_scores = made.search(vectors[:20], 500, passing, left)
+    rows, scores = with_gpu.search(vectors[:20], 500, passing, COUNT - left)
+    expected, expected_scores = made.search(vectors[:20], 500, passing, COUNT - left)
     assert allowed[rows].all()
     assert (np.diff(scores) <= 0).all()
     assert lists.share_found(rows, expected) >= 0.97
