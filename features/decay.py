@@ -8,6 +8,7 @@ the same events differ by rounding of additions only, whatever their order.
 """
 
 import math
+from functools import lru_cache
 
 # Nobody asks for a time so many half-lives before an event, except by a mistaken clock or unit.
 MAX_DOUBLINGS = 100
@@ -17,6 +18,12 @@ def landmark_weight(time_ms: int, half_life_ms: int) -> tuple[int, float]:
     """Landmark of an event and the growth of its weight since then, in 1..2."""
     landmark, rest_ms = divmod(time_ms, half_life_ms)
     return landmark, 2.0 ** (rest_ms / half_life_ms)
+
+
+@lru_cache(maxsize=16_384)
+def landmark_weights(time_ms: int, half_lives_seconds: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """`landmark_weight` of each half-life. Kept: an event counts for its user and for its item, a batch later."""
+    return tuple(landmark_weight(time_ms, seconds * 1000) for seconds in half_lives_seconds)
 
 
 def value_at(landmark: int, total: float, half_life_ms: int, time_ms: int) -> float:

@@ -28,6 +28,10 @@ OTHER_KINDS = "other"
 _OFFSETS_FIELD = UserStateProto.OFFSETS_FIELD_NUMBER
 
 
+# What a NamedTuple's own constructor calls, at half its cost; whoever uses it gives each field, in order.
+new_tuple: Any = tuple.__new__
+
+
 class Position(NamedTuple):
     """Where an event lies in the log. `source` is `core.topics.source_id`."""
 
@@ -70,6 +74,10 @@ class Outcome(IntEnum):
     REPLAY = 2
 
 
+# Plain names: until Python 3.12 a member of an enum is looked up by a call.
+_APPLIED, _DUPLICATE, _REPLAY = Outcome
+
+
 @dataclass(slots=True)
 class UserState:
     """What is kept of one user."""
@@ -99,18 +107,20 @@ def apply(state: UserState, events: Iterable[UserEvent], settings: FeaturesSetti
     Returns:
         The outcome of each event, in order: what else counts events (item statistics) counts the APPLIED ones.
     """
-    return [_apply_one(state, event, settings) for event in events]
+    return [apply_one(state, event, settings) for event in events]
 
 
-def _apply_one(state: UserState, event: UserEvent, settings: FeaturesSettings) -> Outcome:
-    if event.position is not None:
-        where = (event.position.source, event.position.partition)
-        if event.position.offset <= state.offsets.get(where, -1):
-            return Outcome.REPLAY
-        state.offsets[where] = event.position.offset
+def apply_one(state: UserState, event: UserEvent, settings: FeaturesSettings) -> Outcome:
+    """`apply` of one event."""
+    position = event.position
+    if position is not None:
+        where = position[:2]
+        if position.offset <= state.offsets.get(where, -1):
+            return _REPLAY
+        state.offsets[where] = position.offset
     if event.event_hash in state.known:
         state.duplicate_count += 1
-        return Outcome.DUPLICATE
+        return _DUPLICATE
     _remember(state, event, settings)
     if event.event_hash not in state.known:
         state.outside_horizon_count += 1
@@ -118,16 +128,18 @@ def _apply_one(state: UserState, event: UserEvent, settings: FeaturesSettings) -
     count, value_sum = state.kinds.get(kind, (0, 0.0))
     state.kinds[kind] = (count + 1, value_sum + event.value)
     if event.kind == IMPRESSION:
-        return Outcome.APPLIED
+        return _APPLIED
     state.revision += 1
-    state.watermark_ms = max(state.watermark_ms, event.time_ms)
-    earliest = state.first_event_time_ms
-    state.first_event_time_ms = min(earliest, event.time_ms) if earliest else event.time_ms
+    time_ms = event.time_ms
+    if time_ms > state.watermark_ms:
+        state.watermark_ms = time_ms
+    if time_ms < state.first_event_time_ms or not state.first_event_time_ms:
+        state.first_event_time_ms = time_ms
     if event.kind == "dwell":
         state.dwell_seconds += event.value
     if event.categories:
         _count_categories(state, event, settings)
-    return Outcome.APPLIED
+    return _APPLIED
 
 
 def _remember(state: UserState, event: UserEvent, settings: FeaturesSettings) -> None:
@@ -136,24 +148,28 @@ def _remember(state: UserState, event: UserEvent, settings: FeaturesSettings) ->
         # What was merely shown is not an interaction: it takes part in the horizon alone.
         _remember_id(state, (event.time_ms, event.event_hash), settings)
         return
-    entry = Interaction(event.time_ms, event.event_hash, event.item_id, event.kind, event.value)
-    if state.history and entry < state.history[-1]:
-        insort(state.history, entry)
+    entry = new_tuple(Interaction, (event.time_ms, event.event_hash, event.item_id, event.kind, event.value))
+    history = state.history
+    if history and entry < history[-1]:
+        insort(history, entry)
     else:
-        state.history.append(entry)
+        history.append(entry)
     state.known.add(event.event_hash)
-    if len(state.history) > settings.history_length:
-        oldest = state.history.pop(0)
+    if len(history) > settings.history_length:
+        oldest = history.pop(0)
         state.known.discard(oldest.event_hash)
-        _remember_id(state, (oldest.time_ms, oldest.event_hash), settings)
+        _remember_id(state, oldest[:2], settings)
 
 
 def _remember_id(state: UserState, entry: tuple[int, int], settings: FeaturesSettings) -> None:
-    capacity = settings.duplicate_horizon - settings.history_length
-    insort(state.horizon, entry)
+    horizon = state.horizon
+    if horizon and entry < horizon[-1]:
+        insort(horizon, entry)
+    else:
+        horizon.append(entry)
     state.known.add(entry[1])
-    if len(state.horizon) > capacity:
-        state.known.discard(state.horizon.pop(0)[1])
+    if len(horizon) > settings.duplicate_horizon - settings.history_length:
+        state.known.discard(horizon.pop(0)[1])
 
 
 def _count_categories(state: UserState, event: UserEvent, settings: FeaturesSettings) -> None:
@@ -161,14 +177,15 @@ def _count_categories(state: UserState, event: UserEvent, settings: FeaturesSett
     buckets = [category_bucket(category, settings.category_buckets) for category in event.categories]
     if not state.affinity:
         state.affinity = [(0, {}) for _ in settings.half_lives_seconds]
-    for index, half_life_seconds in enumerate(settings.half_lives_seconds):
+    marks = decay.landmark_weights(event.time_ms, settings.half_lives_seconds)
+    for index, (event_landmark, growth) in enumerate(marks):
         landmark, sums = state.affinity[index]
-        event_landmark, growth = decay.landmark_weight(event.time_ms, half_life_seconds * 1000)
+        gain = weight * growth
         if event_landmark > landmark:
             sums = {bucket: decay.add(landmark, total, event_landmark, 0.0)[1] for bucket, total in sums.items()}
-            landmark = event_landmark
-            state.affinity[index] = (landmark, sums)
-        _, gain = decay.add(landmark, 0.0, event_landmark, weight * growth)
+            state.affinity[index] = (event_landmark, sums)
+        elif event_landmark < landmark:
+            _, gain = decay.add(landmark, 0.0, event_landmark, gain)
         for bucket in buckets:
             sums[bucket] = sums.get(bucket, 0.0) + gain
 
@@ -191,17 +208,20 @@ def session(state: UserState, now_ms: int, gap_seconds: int) -> list[Interaction
 
 def as_user_event(message: Event | Feedback, position: Position | None = None) -> UserEvent:
     """The event as the state sees it, from a checked message of the log."""
-    return UserEvent(
-        message.user_id,
-        stable_hash(message.event_id),
-        message.item_id,
-        message.kind,
-        to_ms(message.event_time),
-        message.value if message.HasField("value") else 1.0,
-        message.confidence if message.HasField("confidence") else 1.0,
-        tuple(message.categories),
-        position,
-        message.segment,
+    return new_tuple(  # type: ignore[no-any-return]
+        UserEvent,
+        (
+            message.user_id,
+            stable_hash(message.event_id),
+            message.item_id,
+            message.kind,
+            to_ms(message.event_time),
+            message.value if message.HasField("value") else 1.0,
+            message.confidence if message.HasField("confidence") else 1.0,
+            tuple(message.categories),
+            position,
+            message.segment,
+        ),
     )
 
 

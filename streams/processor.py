@@ -14,9 +14,10 @@ from core.settings import FeaturesSettings
 from core.topics import Topics
 from features import item_stats, windows
 from features.item_stats import ItemPartial
-from features.windows import Outcome, Position, UserEvent, UserState
+from features.windows import Outcome, Position, UserEvent, UserState, new_tuple
 from headrace.v1.events_pb2 import Event, Feedback, ImpressionList
 
+_APPLIED, _DUPLICATE, _REPLAY = Outcome
 # item_id and the partition that the sums are of.
 ItemKey = tuple[str, int]
 UserKeyed = Event | Feedback | ImpressionList
@@ -74,7 +75,7 @@ def decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> Recei
     Raises:
         MalformedEventError: the message can never be processed; names the field.
     """
-    position = Position(sources[raw.topic], raw.partition, raw.offset)
+    position = new_tuple(Position, (sources[raw.topic], raw.partition, raw.offset))
     if raw.topic == topics.impressions:
         shown = codec.decode(ImpressionList(), raw.value, raw.headers)
         codec.check_impressions(shown, raw.time_ms)
@@ -85,7 +86,7 @@ def decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> Recei
     codec.decode(message, raw.value, raw.headers)
     codec.check_event(message, raw.time_ms)
     codec.check_key(raw.key, message.user_id, "user_id")
-    return Received(message, windows.as_user_event(message, position), (), raw)
+    return new_tuple(Received, (message, windows.as_user_event(message, position), (), raw))  # type: ignore[no-any-return]
 
 
 def try_decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> Received | str:
@@ -101,22 +102,23 @@ def try_decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> R
 def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: FeaturesSettings) -> Changes:
     """Applies a batch to the states of its users, in place."""
     changes = Changes()
+    outcomes, dirty, users = changes.outcomes, changes.dirty, changes.users
     for received in batch:
         event = received.event
         user_id = event.user_id
         state = states[user_id]
         is_late, outside = event.time_ms < state.watermark_ms, state.outside_horizon_count
-        (outcome,) = windows.apply(state, (event,), settings)
-        changes.outcomes.append(outcome)
-        if outcome is not Outcome.DUPLICATE and event.kind != windows.IMPRESSION:
+        outcome = windows.apply_one(state, event, settings)
+        outcomes.append(outcome)
+        if outcome is not _DUPLICATE and event.kind != windows.IMPRESSION:
             # A replay, too: whoever wrote that row may have died before its vector was made.
-            changes.dirty.add(user_id)
-        if outcome is Outcome.REPLAY:
+            dirty.add(user_id)
+        if outcome is _REPLAY:
             item_ids = (event.item_id,) if event.item_id else received.shown
             changes.replayed_items.update((item_id, received.raw.partition) for item_id in item_ids)
             continue
-        changes.users.add(user_id)
-        if outcome is Outcome.APPLIED:
+        users.add(user_id)
+        if outcome is _APPLIED:
             changes.late += is_late
             changes.outside_horizon += state.outside_horizon_count - outside
             _note_items(changes.items, received)
@@ -128,9 +130,10 @@ def count(partial: ItemPartial, events: Iterable[UserEvent], settings: FeaturesS
     counted: Position | None = None
     for event in events:
         # A list may show an item twice: both are at one position, and neither was there before.
-        if event.position != counted and item_stats.is_replay(partial, event.position):
+        position = event.position
+        if position is not counted and item_stats.is_replay(partial, position):
             continue
-        counted = event.position
+        counted = position
         item_stats.apply(partial, event, settings)
     return counted is not None
 

@@ -9,6 +9,7 @@ any error of the store, and after anything unexpected, the rows in memory are dr
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 from core.clock import Clock, SystemClock
 from core.errors import ConfigError, StageError
 from core.kafka import headers_of, topic_sources
+from core.process import uncollected
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
@@ -36,6 +38,8 @@ _BACKOFF_SECONDS = (0.05, 2.0)
 _COMMIT_SECONDS = 1.0
 # How long a poll waits for a first message: markers, broadcasts and a stop wait with it.
 _IDLE_SECONDS = 0.02
+# Batches of so many are a worker's that is behind: they make a million objects, which are in no cycles.
+_CATCHING_UP_EVENTS = 1000
 # How long the last broadcast may take when the worker stops; what is not acknowledged by then is told again.
 _BROADCAST_SECONDS = 2.0
 
@@ -174,7 +178,8 @@ class BatchReader:
             if problem is not None:
                 raise problem
             if messages:
-                self._handle(messages)
+                with uncollected() if len(messages) >= _CATCHING_UP_EVENTS else nullcontext():
+                    self._handle(messages)
             # After the messages: those of a partition that was lost and came back belong to its former time.
             self._place(consumer)
             self._move_markers(consumer)

@@ -6,8 +6,9 @@ offsets and all; after any StageError that is no longer known, so the caller dro
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -21,7 +22,7 @@ from features.item_stats import ItemPartial
 from features.positions import Offsets
 from features.stores.layout import Cell, encode_cell
 from features.stores.online import ABSENT, OnlineStore, Put, Row, Write, read_offsets
-from features.windows import Outcome, UserState
+from features.windows import Outcome, UserEvent, UserState
 from headrace.v1.events_pb2 import ItemStats
 from streams import metrics, processor
 from streams.processor import Changes, ItemKey, Received
@@ -32,6 +33,8 @@ _log = get_logger("streams.rows")
 _ATTEMPTS = 50
 # An item's partial sums are a few hundred bytes, a user's state a few thousand.
 _ITEMS_PER_USER = 4
+# Rows that are encoded, written and answered for together: what is made of them stays in the processor's caches.
+_ROWS_AT_ONCE = 500
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -178,30 +181,30 @@ class Rows:
 
     def _write_users(self, changes: Changes) -> set[str]:
         """Writes the changed users; returns those whose row somebody else had changed."""
-        changed = list(changes.users)
-        writes, raws = [], []
-        for user_id in changed:
-            entry = self._users[user_id]
-            state = entry.value
-            write, raw = _guarded(
-                USER_STATE,
-                (user_id,),
-                state.offsets,
-                entry.raw,
-                {
-                    "state": windows.encode(state),
-                    "revision": state.revision,
-                    "watermark_ms": state.watermark_ms,
-                },
-            )
-            writes.append(write)
-            raws.append(raw)
         beaten: set[str] = set()
-        for user_id, raw, done in zip(changed, raws, self._write(writes), strict=True):
-            if done:
-                self._users[user_id].raw = raw
-            else:
-                beaten.add(user_id)
+        for users in _some_at_once(changes.users):
+            writes, raws = [], []
+            for user_id in users:
+                entry = self._users[user_id]
+                state = entry.value
+                write, raw = _guarded(
+                    USER_STATE,
+                    (user_id,),
+                    state.offsets,
+                    entry.raw,
+                    {
+                        "state": windows.encode(state),
+                        "revision": state.revision,
+                        "watermark_ms": state.watermark_ms,
+                    },
+                )
+                writes.append(write)
+                raws.append(raw)
+            for user_id, raw, done in zip(users, raws, self._write(writes), strict=True):
+                if done:
+                    self._users[user_id].raw = raw
+                else:
+                    beaten.add(user_id)
         self._reload_beaten(beaten)
         return beaten
 
@@ -220,29 +223,37 @@ class Rows:
         pending = changes.items
         for _ in range(_ATTEMPTS):
             self._load_items(pending)
-            writes, raws, keys = [], [], []
-            for key, events in pending.items():
-                entry = self._items[key]
-                if not processor.count(entry.value, events, self._settings):
-                    continue
-                stats = item_stats.encode(*key, entry.value, self._settings)
-                cells: dict[str, Cell] = {"stats": stats, "revision": entry.value.revision}
-                write, raw = _guarded(ITEM_STATS, (key[0], str(key[1])), entry.value.offsets, entry.raw, cells)
-                writes.append(write)
-                raws.append((raw, stats))
-                keys.append(key)
-            beaten = []
-            for key, (raw, stats), done in zip(keys, raws, self._write(writes), strict=True):
-                if done:
-                    self._items[key].raw = raw
-                    applied.stats[key] = stats
-                else:
-                    beaten.append(key)
+            beaten: list[ItemKey] = []
+            for keys in _some_at_once(pending):
+                beaten += self._count_items({key: pending[key] for key in keys}, applied)
             if not beaten:
                 return
             self._check_beaten_items(beaten)
             pending = {key: pending[key] for key in beaten}
         raise StageError("redis", f"{len(pending)} item rows were changed by others {_ATTEMPTS} times; going back")
+
+    def _count_items(self, pending: Mapping[ItemKey, list[UserEvent]], applied: Applied) -> list[ItemKey]:
+        """Adds events to loaded rows and writes them; returns those that somebody else had changed."""
+        writes, raws, keys = [], [], []
+        for key, events in pending.items():
+            entry = self._items[key]
+            partial = entry.value
+            if not processor.count(partial, events, self._settings):
+                continue
+            stats = item_stats.encode(*key, partial, self._settings)
+            cells: dict[str, Cell] = {"stats": stats, "revision": partial.revision}
+            write, raw = _guarded(ITEM_STATS, (key[0], str(key[1])), partial.offsets, entry.raw, cells)
+            writes.append(write)
+            raws.append((entry, raw, stats))
+            keys.append(key)
+        beaten = []
+        for key, (entry, raw, stats), done in zip(keys, raws, self._write(writes), strict=True):
+            if done:
+                entry.raw = raw
+                applied.stats[key] = stats
+            else:
+                beaten.append(key)
+        return beaten
 
     def _tell_items_again(self, keys: set[ItemKey], applied: Applied) -> None:
         """Whoever wrote these rows may have died before the replicas were told."""
@@ -308,6 +319,12 @@ class Rows:
         if beaten:
             kept = [pair for pair in kept if pair[0].event.user_id not in beaten]
         applied.outcomes.update((received.raw.topic, outcome) for received, outcome in kept)
+
+
+def _some_at_once(keys: Collection[K]) -> Iterator[list[K]]:
+    remaining = iter(keys)
+    while some := list(islice(remaining, _ROWS_AT_ONCE)):
+        yield some
 
 
 def _drop_from(cache: OrderedDict[K, _Entry[V]], partitions: set[int]) -> None:

@@ -6,7 +6,7 @@ older of the marker and `open()`'s position; a full buffer makes `add` wait, so 
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from core.telemetry import get_logger
 from core.topics import Topics
 from features.stores import event_rows
 from features.stores.event_rows import LogTable, Source
+from features.windows import new_tuple
 from streams import metrics
 from streams.processor import RawMessage
 from streams.segments import Segments, SegmentTakenError, Stretch
@@ -239,10 +240,10 @@ def tables_of(topics: Topics) -> dict[str, LogTable]:
 def _table(table: LogTable, rows: Sequence[Row]) -> pa.Table:
     messages = [message for message, _ in rows if message is not None]
     if len(messages) == len(rows):
-        return event_rows.to_table(table, messages, [_source(raw) for _, raw in rows])
-    kept = [_source(raw) for message, raw in rows if message is not None]
+        return event_rows.to_table(table, messages, _sources(raw for _, raw in rows))
+    kept = _sources(raw for message, raw in rows if message is not None)
     gone = [raw for message, raw in rows if message is None]
-    deletions = event_rows.deletions(table, [(raw.key or b"").decode() for raw in gone], list(map(_source, gone)))
+    deletions = event_rows.deletions(table, [(raw.key or b"").decode() for raw in gone], _sources(gone))
     return pa.concat_tables([event_rows.to_table(table, messages, kept), deletions])
 
 
@@ -250,6 +251,8 @@ def _size(row: Row) -> int:
     return len(row[1].value or b"")
 
 
-def _source(raw: RawMessage) -> Source:
-    topic, partition, offset, _, _, _, time_ms = raw
-    return Source(topic, partition, offset, time_ms or None)
+def _sources(raws: Iterable[RawMessage]) -> list[Source]:
+    return [
+        new_tuple(Source, (topic, partition, offset, time_ms or None))
+        for topic, partition, offset, _, _, _, time_ms in raws
+    ]

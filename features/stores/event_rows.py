@@ -209,7 +209,10 @@ def _column(f: FieldDescriptor, messages: Sequence[Message]) -> list[Any]:
     if convert is not None:
         values = list(map(convert, values))
     if _nullable(f):
-        return [value if message.HasField(name) else None for message, value in zip(messages, values, strict=True)]
+        present = [message.HasField(name) for message in messages]
+        if not any(present):
+            return [None] * len(values)
+        return [value if there else None for there, value in zip(present, values, strict=True)]
     return values
 
 

@@ -8,6 +8,7 @@ from core.settings import load_settings
 from features import item_stats
 from features.item_stats import ItemPartial
 from features.windows import Position, UserEvent
+from headrace.v1.events_pb2 import DecayedSum, ItemStats, KindStats, SegmentSum, SourceOffset
 
 FEATURES = load_settings().features
 START_MS = 1_700_000_000_000
@@ -95,3 +96,25 @@ def test_a_position_that_is_included_is_a_replay() -> None:
     assert not item_stats.is_replay(partial, Position(3, 1, 11))
     assert not item_stats.is_replay(partial, Position(4, 1, 4))
     assert not item_stats.is_replay(partial, None)
+
+
+@given(events)
+def test_the_bytes_are_those_of_the_message(stream) -> None:
+    partial = ItemPartial(offsets={(7, 3): 300})
+    for event in stream:
+        item_stats.apply(partial, event, FEATURES)
+    expected = ItemStats(
+        item_id="a",
+        source_partition=3,
+        offsets=[SourceOffset(source=7, partition=3, offset=300)],
+        revision=partial.revision,
+        watermark_ms=partial.watermark_ms,
+        kinds=[KindStats(kind=k, count=n, value_sum=v) for k, (n, v) in sorted(partial.kinds.items())],
+        popularity=[
+            DecayedSum(half_life_ms=seconds * 1000, landmark=landmark, sum=total)
+            for seconds, (landmark, total) in zip(FEATURES.half_lives_seconds, partial.popularity, strict=False)
+        ],
+        segments=[SegmentSum(segment=s, landmark=at, sum=total) for s, (at, total) in sorted(partial.segments.items())],
+    )
+    assert item_stats.as_message("a", 3, partial, FEATURES) == expected
+    assert item_stats.decode(expected) == partial
