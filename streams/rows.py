@@ -33,7 +33,8 @@ _log = get_logger("streams.rows")
 _ATTEMPTS = 50
 # An item's partial sums are a few hundred bytes, a user's state a few thousand.
 _ITEMS_PER_USER = 4
-# Rows that are encoded, written and answered for together: what is made of them stays in the processor's caches.
+# Rows that are read, or encoded and written, together: what is made of them stays in the processor's caches, and no
+# buffer is large however large the batch.
 _ROWS_AT_ONCE = 500
 
 K = TypeVar("K")
@@ -162,15 +163,16 @@ class Rows:
         missing = self._missing(self._users, partition_of)
         if not missing:
             return batch
-        rows = self._store.read(USER_STATE, [(user_id,) for user_id in missing], ("state", "offsets"))
         refused: dict[str, str] = {}
-        for user_id, row in zip(missing, rows, strict=True):
-            try:
-                state = windows.decode(_bytes(row, "state"))
-            except MalformedEventError as error:
-                refused[user_id] = f"the user's row cannot be read: {error}"
-                continue
-            self._users[user_id] = _Entry(state, row.raw.get("offsets", ABSENT), partition_of[user_id])
+        for users in _some_at_once(missing):
+            rows = self._store.read(USER_STATE, [(user_id,) for user_id in users], ("state", "offsets"))
+            for user_id, row in zip(users, rows, strict=True):
+                try:
+                    state = windows.decode(_bytes(row, "state"))
+                except MalformedEventError as error:
+                    refused[user_id] = f"the user's row cannot be read: {error}"
+                    continue
+                self._users[user_id] = _Entry(state, row.raw.get("offsets", ABSENT), partition_of[user_id])
         self._unproven.update(partition_of.values())
         if not refused:
             return batch
@@ -270,14 +272,12 @@ class Rows:
             _check_not_older(f"the row of item {key[0]!r}", self._items.pop(key).raw, row)
 
     def _load_items(self, wanted: Mapping[ItemKey, object]) -> None:
-        missing = self._missing(self._items, wanted)
-        if not missing:
-            return
-        keys = [(item_id, str(partition)) for item_id, partition in missing]
-        for key, row in zip(missing, self._store.read(ITEM_STATS, keys, ("stats", "offsets")), strict=True):
-            partial = _partial(key, _bytes(row, "stats"))
-            self._items[key] = _Entry(partial, row.raw.get("offsets", ABSENT), key[1])
-            self._unproven.add(key[1])
+        for some in _some_at_once(self._missing(self._items, wanted)):
+            keys = [(item_id, str(partition)) for item_id, partition in some]
+            for key, row in zip(some, self._store.read(ITEM_STATS, keys, ("stats", "offsets")), strict=True):
+                partial = _partial(key, _bytes(row, "stats"))
+                self._items[key] = _Entry(partial, row.raw.get("offsets", ABSENT), key[1])
+                self._unproven.add(key[1])
 
     # --- both ---
 
