@@ -55,7 +55,7 @@ class Plan:
     events: int
     users: int
     embedding_seconds: int
-    # The first and the last so many seconds are compared.
+    # What is sampled within so many seconds is one figure.
     window_seconds: int
     # Before that the load runs for so long, until it is steady.
     warm_up_seconds: int
@@ -80,6 +80,19 @@ class Cost:
     def median(cls, costs: "Sequence[Cost]") -> "Cost":
         """Of each figure by itself."""
         return cls(*(statistics.median(figures) for figures in zip(*map(astuple, costs), strict=True)))
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Samples of `oldest_dirty_ms` within one window: most fall between two batches, a few into a pause."""
+
+    median_ms: float
+    mean_ms: float
+    longest_ms: float
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> "Waits":
+        return cls(*(round(f(samples_ms), 1) for f in (statistics.median, statistics.fmean, max)))
 
 
 def train_serving_bundle(home: Path) -> None:
@@ -110,7 +123,7 @@ def run(plan: Plan, home: Path) -> dict[str, Any]:
         bare = {which: _bare(cluster, which, plan.events) for which in ("faust", "batch")}
         cluster.start("candidate")
         cluster.start(WORKER)
-        first, last = _dirty(cluster, plan)
+        dirty = _dirty(cluster, plan)
     return {
         "cpu_us_per_event": round(zipf.worker_us, 1),
         "uniform_cpu_us_per_event": round(uniform.worker_us, 1),
@@ -118,8 +131,8 @@ def run(plan: Plan, home: Path) -> dict[str, Any]:
         "events_per_second": round(zipf.events_per_second),
         "bare_faust_events_per_second": bare["faust"]["events_per_second"],
         "bare_consumer_events_per_second": bare["batch"]["events_per_second"],
-        "oldest_dirty_ms_first": round(first, 1),
-        "oldest_dirty_ms_last": round(last, 1),
+        "oldest_dirty_ms_first": dirty[0].median_ms,
+        "oldest_dirty_ms_last": dirty[-1].median_ms,
         "uniform_redis_cpu_us_per_event": round(uniform.redis_us, 1),
         "uniform_events_per_second": round(uniform.events_per_second),
         "kafka_cpu_us_per_event": round(zipf.kafka_us, 1),
@@ -128,6 +141,9 @@ def run(plan: Plan, home: Path) -> dict[str, Any]:
         "warm_cpu_us_per_event": round(warm.worker_us, 1),
         "cpu_us_per_event_rounds": [round(costs[0].worker_us, 1) for costs in rounds],
         "uniform_cpu_us_per_event_rounds": [round(costs[1].worker_us, 1) for costs in rounds],
+        "oldest_dirty_ms_medians": [window.median_ms for window in dirty],
+        "oldest_dirty_ms_means": [window.mean_ms for window in dirty],
+        "oldest_dirty_ms_longest": [window.longest_ms for window in dirty],
         "events": plan.events,
         "load_average": round(os.getloadavg()[0], 1),
     }
@@ -174,8 +190,8 @@ def _bare(cluster: Cluster, which: str, events: int) -> dict[str, float]:
     return rates
 
 
-def _dirty(cluster: Cluster, plan: Plan) -> tuple[float, float]:
-    """Mean wait of the longest waiting user, in the first and in the last seconds of a steady load."""
+def _dirty(cluster: Cluster, plan: Plan) -> list[Waits]:
+    """How long the longest waiting user has waited, in each window of a steady load."""
     for name in ("candidate", WORKER):
         cluster.wait_ready(name)
     say("waiting for the vectors of the loads before")
@@ -196,10 +212,8 @@ def _dirty(cluster: Cluster, plan: Plan) -> tuple[float, float]:
         samples.append((time.monotonic() - begin, cluster.metrics(WORKER)[_OLDEST_DIRTY]))
         time.sleep(0.1)
     producer.close()
-    end = plan.embedding_seconds - plan.window_seconds
-    first = [value for at, value in samples if 0 <= at < plan.window_seconds]
-    last = [value for at, value in samples if at >= end]
-    return sum(first) / len(first), sum(last) / len(last)
+    windows = range(plan.embedding_seconds // plan.window_seconds)
+    return [Waits.of([ms for at, ms in samples if at // plan.window_seconds == window]) for window in windows]
 
 
 def post(producer: KafkaProducer, topic: str, event: Event) -> None:
