@@ -174,8 +174,13 @@ def from_ms(time_ms: int) -> Timestamp:
 
 def varint(number: int) -> bytes:
     """Protobuf's encoding of an integer of at most 64 bits: seven bits a byte, the lowest first."""
-    if 0 <= number < 0x80:
-        return bytes((number,))
+    if 0 <= number < 0x200000:
+        # Lengths, counts and offsets: most that there is.
+        if number < 0x80:
+            return bytes((number,))
+        if number < 0x4000:
+            return bytes((number & 0x7F | 0x80, number >> 7))
+        return bytes((number & 0x7F | 0x80, number >> 7 & 0x7F | 0x80, number >> 14))
     number &= _UINT64
     raw = bytearray()
     while number >= 0x80:

@@ -26,7 +26,9 @@ def encode(offsets: Offsets, field: int = 1) -> bytes:
     """
     tag = bytes((field << 3 | _LENGTH_DELIMITED,))
     parts: list[bytes] = []
-    for (source, partition), offset in sorted(offsets.items()):
+    # Most rows are of one topic alone.
+    entries = sorted(offsets.items()) if len(offsets) > 1 else offsets.items()
+    for (source, partition), offset in entries:
         entry = _SOURCE.pack(0x09, source)
         # As protobuf does it: what is 0 is left out.
         if partition:

@@ -76,13 +76,15 @@ def decode(raw: RawMessage, topics: Topics, sources: Mapping[str, int]) -> Recei
         MalformedEventError: the message can never be processed; names the field.
     """
     position = new_tuple(Position, (sources[raw.topic], raw.partition, raw.offset))
-    if raw.topic == topics.impressions:
+    topic = raw.topic
+    is_event = topic == topics.events
+    if not is_event and topic == topics.impressions:
         shown = codec.decode(ImpressionList(), raw.value, raw.headers)
         codec.check_impressions(shown, raw.time_ms)
         codec.check_key(raw.key, shown.user_id, "user_id")
         items = tuple(impression.item_id for impression in shown.impressions)
         return Received(shown, windows.as_impression_event(shown, position), items, raw)
-    message: Event | Feedback = Event() if raw.topic == topics.events else Feedback()
+    message: Event | Feedback = Event() if is_event else Feedback()
     codec.decode(message, raw.value, raw.headers)
     codec.check_event(message, raw.time_ms)
     codec.check_key(raw.key, message.user_id, "user_id")

@@ -23,6 +23,7 @@ from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
 from features.positions import Offsets
+from features.windows import new_tuple
 from streams import metrics
 from streams.broadcast import StatsBroadcast
 from streams.consumer import check_partitions, consumer_config
@@ -239,14 +240,9 @@ class BatchReader:
             topic, partition, offset = message.topic(), message.partition(), message.offset()
             if partition not in self._placed:
                 continue
-            raw = RawMessage(
-                topic,
-                partition,
-                offset,
-                message.key(),
-                message.value(),
-                headers_of(message),
-                max(0, message.timestamp()[1]),
+            time_ms = max(0, message.timestamp()[1])
+            raw = new_tuple(
+                RawMessage, (topic, partition, offset, message.key(), message.value(), headers_of(message), time_ms)
             )
             result = try_decode(raw, self._topics, self._sources)
             if isinstance(result, str):

@@ -5,10 +5,12 @@ import json
 import pytest
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.wrappers_pb2 import UInt64Value
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core import codec
+from core.codec import varint
 from core.errors import MalformedEventError
 from features import windows
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item, User
@@ -154,3 +156,10 @@ def test_a_value_that_is_too_large_is_not_parsed() -> None:
 @given(st.integers(codec.MIN_TIME_MS, codec.MAX_TIME_MS))
 def test_times_survive_to_the_millisecond(time_ms) -> None:
     assert codec.to_ms(codec.from_ms(time_ms)) == time_ms
+
+
+@pytest.mark.parametrize("bits", range(65))
+def test_a_varint_is_what_protobuf_writes(bits) -> None:
+    for number in {max(0, 2**bits - 2), max(0, 2**bits - 1), min(2**bits, 2**64 - 1), min(2**bits + 1, 2**64 - 1)}:
+        assert UInt64Value.FromString(b"\x08" + varint(number)).value == number
+        assert varint(number) == UInt64Value(value=number).SerializeToString()[1:] or number == 0
