@@ -22,6 +22,7 @@ MAX_EXCLUDED_ITEMS = 10_000
 MAX_FILTER_PARTS = 256
 
 Bools = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
 
 
 class Mask(NamedTuple):
@@ -31,13 +32,39 @@ class Mask(NamedTuple):
     passing: Bools
 
 
+class _Members:
+    """The rows that have a value; as an array, too, once somebody has asked for it since the last change."""
+
+    __slots__ = ("_array", "_rows")
+
+    def __init__(self) -> None:
+        self._rows: set[int] = set()
+        self._array: Rows | None = None
+
+    def add(self, row: int) -> None:
+        self._rows.add(row)
+        self._array = None
+
+    def discard(self, row: int) -> None:
+        self._rows.discard(row)
+        self._array = None
+
+    def array(self) -> Rows:
+        if self._array is None:
+            self._array = np.fromiter(self._rows, np.int64, len(self._rows))
+        return self._array
+
+
+_ByValue = defaultdict[str, _Members]
+
+
 class Attributes:
     """One writer; readers may run beside it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._categories: defaultdict[str, set[int]] = defaultdict(set)
-        self._labels: defaultdict[str, defaultdict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self._categories: _ByValue = defaultdict(_Members)
+        self._labels: defaultdict[str, _ByValue] = defaultdict(lambda: defaultdict(_Members))
         self._numbers: dict[str, npt.NDArray[np.float64]] = {}
 
     def put(self, row: int, item: Item, before: Item | None = None) -> None:
@@ -78,10 +105,9 @@ class Attributes:
                 raise InvalidRequestError(f"{field}.name", f"no item has the label {match.name[:64]!r}")
             yield Mask(field, self._any(self._labels[match.name], match.values, count))
 
-    def _any(self, rows_of: "defaultdict[str, set[int]]", names: Iterable[str], count: int) -> Bools:
+    def _any(self, rows_of: _ByValue, names: Iterable[str], count: int) -> Bools:
         with self._lock:
-            sets = [rows_of[name] for name in names if name in rows_of]
-            rows = [np.fromiter(members, np.int64, len(members)) for members in sets]
+            rows = [rows_of[name].array() for name in names if name in rows_of]
         return rows_mask(np.concatenate(rows), count) if rows else np.zeros(count, np.bool_)
 
     def _within(self, limits: NumberRange, field: str, count: int) -> Bools:

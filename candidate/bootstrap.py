@@ -51,11 +51,12 @@ async def serve(settings: Settings, process: Process) -> None:
     process.readiness.add("snapshot", lambda: None if is_ready else "loading the bundle and the item topics")
     process.open_admin(own.host, own.admin_port)
     snapshots = await asyncio.to_thread(Snapshots, settings)
-    executor = WorkExecutor(own.worker_threads, own.queue_max)
+    executor, encoding = (WorkExecutor(n, own.queue_max) for n in (own.worker_threads, own.encode_threads))
     retriever = Retriever(settings, make_sources(), SystemClock())
     server = GrpcServer(own.host, own.port, [SERVICE])
     shards = Shards(own) if len(own.shard_targets) > 1 else None
-    add_CandidateServiceServicer_to_server(CandidateService(snapshots, retriever, executor, shards), server.aio)
+    service = CandidateService(snapshots, retriever, executor, shards, encoding)
+    add_CandidateServiceServicer_to_server(service, server.aio)
     watcher: asyncio.Task[None] | None = None
     recall = RecallMonitor(
         lambda: snapshots.current.index, metrics.index_recall.set, interval_seconds=own.recall_interval_ms / 1000
@@ -83,6 +84,7 @@ async def serve(settings: Settings, process: Process) -> None:
             await shards.close()
         await asyncio.to_thread(recall.stop)
         executor.close()
+        encoding.close()
         await asyncio.to_thread(snapshots.close)
 
 

@@ -32,11 +32,17 @@ class CandidateService(CandidateServiceServicer):
     """Candidates, vectors, facts."""
 
     def __init__(
-        self, snapshots: Snapshots, retriever: Retriever, executor: WorkExecutor, shards: Shards | None = None
+        self,
+        snapshots: Snapshots,
+        retriever: Retriever,
+        executor: WorkExecutor,
+        shards: Shards | None = None,
+        encoding: WorkExecutor | None = None,
     ) -> None:
+        """`encoding` runs EncodeUsers, whose batches nobody who waits for candidates should stand behind."""
         self._snapshots = snapshots
         self._retriever = retriever
-        self._executor = executor
+        self._executor, self._encoding = executor, encoding or executor
         # Those that have the rest of the index, where it is spread.
         self._shards = shards
 
@@ -60,7 +66,7 @@ class CandidateService(CandidateServiceServicer):
             check_encode(request)
             snapshot = self._snapshots.current
             deadline = request_deadline(context, _ENCODE_MS)
-            return await self._executor.run(deadline, lambda job: self._retriever.encode(request, snapshot, job))
+            return await self._encoding.run(deadline, lambda job: self._retriever.encode(request, snapshot, job))
 
     async def GetIndexInfo(
         self,

@@ -6,6 +6,8 @@ quota in the settings. Invariant: a source returns only rows that are allowed, e
 scores are those that the ranker was trained with.
 """
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -141,17 +143,14 @@ class TrendingSource:
         self._order = _Order()
 
     def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
-        # Decay takes the same share from every item, so the order by forward-decayed sums holds at any time.
-        popularity: Doubles = snapshot.catalog.column("log2_popularity")[:, 0]
-        key = (id(snapshot), snapshot.catalog.revision)
-        rows = self._order.take(key, query.now_ms, popularity, query.allowed, quota)
+        rows = self._order.take(snapshot, snapshot.catalog.revision, query, quota, _popularity)
         if not len(rows):
             return NOTHING
-        values = popularity[rows]
+        values = _popularity(snapshot)[rows]
         return Hits(rows, np.exp2(values - values[0]).astype(np.float32))
 
     def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
-        popularity: Doubles = snapshot.catalog.column("log2_popularity")[:, 0]
+        popularity = _popularity(snapshot)
         place = _place(popularity, query.allowed, row)
         if place is None:
             return None
@@ -168,13 +167,18 @@ class NewSource:
         self._order = _Order()
 
     def retrieve(self, snapshot: Snapshot, query: Query, quota: int) -> Hits:
-        key = (id(snapshot), snapshot.items_revision)
-        rows = self._order.take(key, query.now_ms, _publish_times(snapshot), query.allowed, quota)
+        rows = self._order.take(snapshot, snapshot.items_revision, query, quota, _publish_times)
         return Hits(rows, np.zeros(len(rows), np.float32))
 
     def place(self, snapshot: Snapshot, query: Query, row: int) -> Place | None:
         place = _place(_publish_times(snapshot), query.allowed, row)
         return None if place is None else Place(place.rank, 0.0)
+
+
+def _popularity(snapshot: Snapshot) -> Doubles:
+    # Decay takes the same share from every item, so the order by forward-decayed sums holds at any time.
+    popularity: Doubles = snapshot.catalog.column("log2_popularity")[:, 0]
+    return popularity
 
 
 def _publish_times(snapshot: Snapshot) -> Doubles:
@@ -190,28 +194,50 @@ def _place(values: npt.NDArray[np.floating[Any]], allowed: Bools, row: int) -> P
     return Place(int(np.count_nonzero(values[:count][allowed[:count]] > values[row])), float(values[row]))
 
 
+class _Kept(NamedTuple):
+    """An order, and what it is of."""
+
+    snapshot: "weakref.ref[Snapshot]"
+    revision: int
+    made_at_ms: int
+    rows: Rows
+    is_all: bool
+
+
 class _Order:
     """The first rows by some value that all users share, kept for a moment."""
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[int, int], int, Rows, bool] = ((0, -1), 0, NOTHING.rows, False)
+        self._kept: _Kept | None = None
 
-    def take(self, key: tuple[int, int], now_ms: int, values: Doubles, allowed: Bools, quota: int) -> Rows:
-        """The first `quota` allowed rows of finite value, highest first."""
-        kept = self._kept
-        stale = kept[0] != key and abs(now_ms - kept[1]) >= _ORDER_AGE_MS
-        if stale or kept[0][0] != key[0]:
-            rows = _highest(values, _ORDERED_ROWS)
-            kept = (key, now_ms, rows, len(rows) < _ORDERED_ROWS)
+    def take(
+        self, snapshot: Snapshot, revision: int, query: Query, quota: int, values_of: Callable[[Snapshot], Doubles]
+    ) -> Rows:
+        """The first `quota` allowed rows of finite value, highest first.
+
+        Args:
+            snapshot: whose rows they are.
+            revision: another one says that the values may have changed.
+            query: the time, and which rows are allowed.
+            quota: how many.
+            values_of: the values by row; asked only when they are needed.
+        """
+        kept, allowed = self._kept, query.allowed
+        if kept is None or kept.snapshot() is not snapshot or self._is_stale(kept, revision, query.now_ms):
+            rows = _highest(values_of(snapshot), _ORDERED_ROWS)
+            kept = _Kept(weakref.ref(snapshot), revision, query.now_ms, rows, len(rows) < _ORDERED_ROWS)
             self._kept = kept
-        _, _, rows, is_all = kept
-        rows = rows[rows < len(allowed)]
+        rows = kept.rows[kept.rows < len(allowed)]
         chosen = rows[allowed[rows]][:quota]
-        if len(chosen) == quota or is_all:
+        if len(chosen) == quota or kept.is_all:
             return chosen
         # A narrow filter: look at everything that passes.
+        values = values_of(snapshot)
         count = min(len(values), len(allowed))
         return _highest(np.where(allowed[:count], values[:count], -np.inf), quota)
+
+    def _is_stale(self, kept: _Kept, revision: int, now_ms: int) -> bool:
+        return kept.revision != revision and abs(now_ms - kept.made_at_ms) >= _ORDER_AGE_MS
 
 
 def _highest(values: Doubles, count: int) -> Rows:

@@ -132,6 +132,7 @@ class CandidateSettings(_Section):
     port: Port
     admin_port: Port
     worker_threads: Positive
+    encode_threads: Positive
     queue_max: Positive
     quotas: dict[SourceName, Annotated[int, Field(ge=0, le=2000)]]
     source_budget_ms: dict[SourceName, PositiveMs]

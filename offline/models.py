@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from candidate.co_visitation import CoVisitation, load_co_visitation
 from candidate.encoder import UserEncoder
 from candidate.towers import load_towers
-from core.bundle import ITEM_VECTORS
+from core.bundle import CO_VISITATION_FACTS, ITEM_VECTORS
 from core.errors import ArtifactError
 from core.settings import Settings
 from features.catalog import Catalog, Floats, Rows
@@ -39,6 +40,8 @@ class Models:
     item_vectors: Floats
     scorer: Scorer
     settings: Settings
+    # Of a bundle that has them.
+    pairs: CoVisitation | None = None
 
     @classmethod
     def load(cls, folder: Path, catalog: Catalog, settings: Settings, device: str = "cpu") -> "Models":
@@ -59,13 +62,16 @@ class Models:
         categories = catalog.column("categories")[: len(vectors)]
         scorer = Scorer(load_ranker(folder), vectors, categories, load_calibration(folder), _device(device))
         encoder = UserEncoder(load_towers(folder), settings.features)
-        return cls(CandidateSources(encoder, vectors, settings), vectors, scorer, settings)
+        pairs = None
+        if (folder / CO_VISITATION_FACTS).is_file():
+            pairs = load_co_visitation(folder, settings.candidate.co_visitation, settings.features)
+        return cls(CandidateSources(encoder, vectors, settings), vectors, scorer, settings, pairs)
 
     def moment(self, catalog: Catalog, known: Mask, now_ms: int) -> Moment:
         """The items that have vectors, as of `now_ms`; `known` says which of all items may be recommended."""
         count = len(self.item_vectors)
         popularity = catalog.popularity(now_ms, half_life_index=0)[:count]
-        return Moment(known[:count], popularity, catalog.column("publish_ms")[:count])
+        return Moment(known[:count], popularity, catalog.column("publish_ms")[:count], self.pairs, now_ms)
 
     def pools(
         self,

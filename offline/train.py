@@ -42,7 +42,7 @@ from offline.training.towers import TrainedTowers, train_towers
 from ranker.model import load_ranker
 
 # Raise it when a step writes something else from the same data and settings.
-FORMAT = 2
+FORMAT = 3
 _WORK = ".training"
 _DONE = "done.json"
 _TOWERS_FILES = (names.TOWERS, names.TOWERS_CONFIG, names.ITEM_VECTORS)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from candidate.co_visitation import CoVisitation
 from candidate.encoder import UserEncoder
 from core.settings import Settings
 from features import windows
@@ -18,7 +19,9 @@ from features.catalog import Catalog, Floats, Rows
 from features.vectors import SOURCES
 from features.windows import UserState
 
-ANN, ITEM_TO_ITEM, TRENDING, NEW = (1 << SOURCES.index(name) for name in ("ann", "item_to_item", "trending", "new"))
+ANN, ITEM_TO_ITEM, CO_VISITATION, TRENDING, NEW = (
+    1 << SOURCES.index(name) for name in ("ann", "item_to_item", "co_visitation", "trending", "new")
+)
 # Of the retrieved, the first this many are the ones that a user would see without a ranker: the hardest negatives.
 _HARD = 50
 # Shares of the drawn negatives: the hardest, the rest of what was retrieved, any item. Few hard ones: a ranker that
@@ -45,6 +48,9 @@ class Moment(NamedTuple):
     known: Mask
     popularity: Floats
     publish_ms: npt.NDArray[np.int64]
+    # Which items went together by then, and what time it was.
+    pairs: CoVisitation | None = None
+    now_ms: int = 0
 
 
 class CandidateSources:
@@ -56,6 +62,7 @@ class CandidateSources:
         self._tensor = torch.from_numpy(item_vectors)
         self._quotas = settings.candidate.quotas
         self._seeds = settings.candidate.item_to_item_seeds
+        self._positive = frozenset(settings.features.positive_kinds)
 
     def pools(self, states: Sequence[UserState], catalog: Catalog, moment: Moment) -> list[Pool]:
         """Retrieves for B users at one moment; what the user has in the history is left in."""
@@ -73,6 +80,7 @@ class CandidateSources:
                 merged.add(ANN, *ann[index])
             if seeds[index].any():
                 merged.add(ITEM_TO_ITEM, *item_to_item[index])
+            merged.add(CO_VISITATION, *self._going_together(states[index], catalog, moment))
             merged.add(TRENDING, *trending)
             merged.add(NEW, *new)
             pools.append(merged.pool(users[index] if has_vector[index] else None))
@@ -108,6 +116,18 @@ class CandidateSources:
         out = np.zeros((self._seeds, self._vectors.shape[1]), np.float32)
         out[: len(rows)] = self._vectors[rows]
         return out
+
+    def _going_together(self, state: UserState, catalog: Catalog, moment: Moment) -> tuple[Rows, Floats]:
+        """As candidate.sources.CoVisitationSource."""
+        if moment.pairs is None:
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+        recent = windows.recent_items(state, self._positive)[: self._seeds]
+        names, similarity = moment.pairs.similar(recent, moment.now_ms)
+        rows = catalog.rows(names)
+        known = np.flatnonzero((rows >= 0) & (rows < len(moment.known)))
+        known = known[moment.known[rows[known]]]
+        best = known[np.lexsort((rows[known], -similarity[known]))[: self._quotas.get("co_visitation", 0)]]
+        return rows[best], similarity[best].astype(np.float32)
 
     def _trending(self, moment: Moment) -> tuple[Rows, Floats]:
         popularity = np.where(moment.known, moment.popularity, np.float32(0))

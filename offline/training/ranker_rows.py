@@ -19,6 +19,7 @@ from features.catalog import Catalog, Floats, Rows
 from features.vectors import RankerInput, ranker_input
 from features.windows import UserState
 from headrace.v1.events_pb2 import Item
+from offline.co_visitation import PairsTimeline
 from offline.replay import Entry, Replay
 from offline.training.ranker_candidates import CandidateSources, Moment, Pool, draw
 from offline.training.ranker_questions import Question
@@ -96,13 +97,15 @@ class RowMaker:
         """Retrieves and draws for all questions; what could be recommended is looked up once a batch."""
         rng = np.random.default_rng(self._settings.offline.seed)
         timeline = Timeline(self._entries, self._names, self._settings.features)
+        pairs = PairsTimeline(self._entries, self._settings)
         chosen: list[_Chosen] = []
         for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
             batch = questions[start : start + _QUESTIONS_AT_ONCE]
             states = [UserState(history=timeline.history_before(q.user_id, q.time_ms)) for q in batch]
             first_ms, count = batch[0].time_ms, self._sources.item_count
             publish_ms = self._names.column("publish_ms")[:count]
-            moment = Moment(timeline.known(first_ms)[:count], timeline.popularity(first_ms)[:count], publish_ms)
+            known, popularity = timeline.known(first_ms)[:count], timeline.popularity(first_ms)[:count]
+            moment = Moment(known, popularity, publish_ms, pairs.before(first_ms), first_ms)
             for state, pool in zip(states, self._sources.pools(states, self._names, moment), strict=True):
                 at = len(chosen)
                 seen = self._rows_of(windows.recent_items(state, self._excluding), count)

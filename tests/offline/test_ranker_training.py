@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,20 +11,24 @@ import torch
 
 from candidate.encoder import UserEncoder
 from candidate.history import kind_names
+from candidate.snapshot import Snapshot
+from candidate.sources import CoVisitationSource, Query
 from candidate.towers import Towers, TowersConfig
 from core.bundle import CALIBRATION, RANKER, RANKER_CONFIG
 from core.codec import from_ms
 from core.errors import ConfigError
 from core.settings import Settings, load_settings
+from features import windows
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, IMPRESSIONS, ITEMS, to_table
 from features.vectors import CANDIDATE_FEATURES, ranker_input
 from features.windows import UserEvent
 from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
+from offline.co_visitation import PairsTimeline
 from offline.replay import Replay, Shown, read_entries
 from offline.training.ranker import train_ranker
-from offline.training.ranker_candidates import ANN, ITEM_TO_ITEM, CandidateSources, Moment, Pool, draw
+from offline.training.ranker_candidates import ANN, CO_VISITATION, ITEM_TO_ITEM, CandidateSources, Moment, Pool, draw
 from offline.training.ranker_quality import auc, ndcg
 from offline.training.ranker_questions import Question, questions_of
 from offline.training.ranker_rows import RowMaker
@@ -345,6 +351,32 @@ def test_sources_bring_what_the_candidate_service_would(tastes: EventLog, small:
     assert (known_user.scores >= cosines[known_user.rows] - 1e-5).all()
     assert (np.diff(known_user.scores) <= 0).all()
     assert not (unknown_user.source_bits & (ANN | ITEM_TO_ITEM)).any()
+
+
+def test_items_that_go_together_are_those_that_the_candidate_service_would_bring(
+    tastes: EventLog, small: Settings
+) -> None:
+    items, entries = list(tastes.items()), list(read_entries(tastes))
+    towers = untrained_towers(items, small)
+    sources = CandidateSources(UserEncoder(towers.towers, small.features), towers.item_vectors, small)
+    replay = Replay(items, small.features)
+    replay.advance(entries)
+    catalog, now_ms = replay.catalog, replay.watermark_ms + 1
+    pairs = PairsTimeline(entries, small).before(now_ms)
+    known = catalog.servable(now_ms)
+    moment = Moment(known, catalog.popularity(now_ms, 0), catalog.column("publish_ms"), pairs, now_ms)
+    state = replay.state("user-1")
+    (pool,) = sources.pools([state], catalog, moment)
+    seeds = catalog.rows(windows.recent_items(state, frozenset(small.features.positive_kinds)))
+    query = Query(None, seeds[: small.candidate.item_to_item_seeds].astype(np.int64), known, now_ms)
+    snapshot = cast(Snapshot, SimpleNamespace(catalog=catalog, co_visitation=pairs))
+    hits = CoVisitationSource().retrieve(snapshot, query, small.candidate.quotas["co_visitation"])
+    assert len(hits.rows) > 5
+    brought = pool.rows[pool.source_bits & CO_VISITATION > 0]
+    assert set(brought.tolist()) == set(hits.rows.tolist())
+    # And nothing of what came later.
+    earlier = PairsTimeline(entries, small).before(entries[len(entries) // 2].time_ms)
+    assert 0 < earlier.pair_count < pairs.pair_count
 
 
 Measure = Callable[..., float]

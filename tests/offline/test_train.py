@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from candidate.co_visitation import load_co_visitation
 from candidate.index import load_index
 from candidate.towers import load_towers
 from core import bundle as names
@@ -192,9 +193,14 @@ def test_statistics_of_streamed_events_are_kept_apart_by_partition(tmp_path, sho
     ]
     places = [Source("headrace.events.v1", 2, offset, last_ms) for offset in range(5)]
     log.write(EVENTS, to_table(EVENTS, events, places), f"{7:016x}-p2-{0:012d}-{4:012d}")
-    stats = list(train(log.root, tmp_path / "bundles", quick, progress=False).item_stats())
+    made = train(log.root, tmp_path / "bundles", quick, progress=False)
+    stats = list(made.item_stats())
     assert {(one.item_id, one.revision) for one in stats if one.source_partition == 2} == {(item_id, 5)}
     before = Replay(read_items(shop), quick.features)
     before.advance(read_entries(shop))
     imported = {one.item_id: one.revision for one in stats if one.source_partition == -1}
     assert imported == {name: partial.revision for name, partial in before.partials.items()}
+    # Co-visitation says how far it has read, so that a replica goes on from there; what was imported has no place.
+    pairs = load_co_visitation(made.path, quick.candidate.co_visitation, quick.features)
+    assert pairs.included == {(7, 2): 4}
+    assert pairs.pair_count > 0
