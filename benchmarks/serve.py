@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +27,11 @@ from rich.table import Table
 from benchmarks.serve_parts import run_parts
 from benchmarks.serve_world import FULL, QUICK, Shop, make_shop
 from core.errors import RecommenderError, StageError
+from core.grpc_runtime import blocking_channel
 from devstack.child import tied
 from devstack.stack import Stack
+from headrace.v1.recommender_service_pb2 import ReplayRecommendationRequest
+from headrace.v1.recommender_service_pb2_grpc import RecommenderServiceStub
 
 _PROCESSES = ("redis", "kafka", "streams", "candidate", "ranker", "serving")
 _DEADLINE_MS = 250.0
@@ -52,6 +57,8 @@ class Measured:
         self._stack = stack
         self._users = folder / "users.txt"
         self._users.write_text("\n".join(shop.users), "utf-8")
+        self.replayed, self.matched = 0, 0
+        self.differences: Counter[str] = Counter()
 
     def load(self, seconds: float, **options: float) -> dict[str, Any]:
         """One load, with the CPU that the stack took for an answer."""
@@ -72,7 +79,25 @@ class Measured:
         per_answer = 1000 / max(1, result["answered"])
         result["cpu_ms"] = {name: round((spent[name] - before[name]) * per_answer, 2) for name in spent}
         result["rps"] = result["answered"] / result["seconds"]
+        self._replay(result.pop("recommendation_ids"))
         return result
+
+    def _replay(self, recommendation_ids: Sequence[str]) -> None:
+        """Makes some of the load's answers again, and counts those that are the same."""
+        with blocking_channel(self._stack.address("serving")) as channel:
+            stub = RecommenderServiceStub(channel)
+            for recommendation_id in recommendation_ids:
+                self.replayed += 1
+                try:
+                    again = stub.ReplayRecommendation(
+                        ReplayRecommendationRequest(recommendation_id=recommendation_id), timeout=10
+                    )
+                except grpc.RpcError as error:
+                    self.differences[str(error.code().name)] += 1  # type: ignore[attr-defined]
+                    continue
+                self.matched += again.matches
+                if not again.matches:
+                    self.differences[again.differences[-1]] += 1
 
     def _cpu(self) -> dict[str, float]:
         return {name: _cpu_seconds(self._stack.pid(name)) for name in _PROCESSES}
@@ -98,7 +123,9 @@ def run(plan: Plan, home: Path, *, quick: bool) -> dict[str, Any]:
         saturation = _ranked_rps(full)
         _say(f"twice {saturation:.0f} requests/s")
         overload = measured.load(plan.overload_seconds, per_second=2 * saturation)
-        return _result(stack.settings.serving.num_candidates, shop, alone, parts, many, saturation, overload)
+        result = _result(stack.settings.serving.num_candidates, shop, alone, parts, many, saturation, overload)
+        replay = {"replayed": measured.replayed, "matched": measured.matched}
+        return result | {"replay": replay | {"differences": dict(measured.differences.most_common(5))}}
 
 
 def _result(

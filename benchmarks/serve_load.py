@@ -8,6 +8,7 @@ the answer.
 import argparse
 import asyncio
 import json
+import random
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ from headrace.v1.recommender_service_pb2_grpc import RecommenderServiceStub
 # Connections that the callers share, as a backend's would.
 _CHANNELS = 4
 _LATE_GRACE_MS = 10.0
+# Answers to be replayed afterwards.
+_SAMPLE = 200
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Counts:
     errors: Counter[str] = field(default_factory=Counter)
     elapsed_ms: list[float] = field(default_factory=list)
     stage_ms: dict[str, list[float]] = field(default_factory=dict)
+    recommendation_ids: list[str] = field(default_factory=list)
 
 
 class Callers:
@@ -66,6 +70,7 @@ class Callers:
         counts.elapsed_ms.append(elapsed_ms)
         counts.late += elapsed_ms > self._deadline_ms + _LATE_GRACE_MS
         counts.tiers[tier_name(answer)] += 1
+        counts.recommendation_ids.append(answer.recommendation_id)
         for timing in answer.stage_timings:
             counts.stage_ms.setdefault(timing.stage, []).append(timing.elapsed.ToNanoseconds() / 1e6)
 
@@ -119,6 +124,7 @@ def _summary(counts: Counts, seconds: float, cpu_seconds: float) -> dict[str, An
         "p99_ms": float(np.percentile(counts.elapsed_ms, 99)) if answered else None,
         "tiers": dict(counts.tiers),
         "errors": dict(counts.errors),
+        "recommendation_ids": random.Random(7).sample(counts.recommendation_ids, min(answered, _SAMPLE)),
         "stage_ms": {name: float(np.percentile(values, 50)) for name, values in counts.stage_ms.items()},
     }
 

@@ -243,6 +243,7 @@ class ServingSettings(_Section):
     impression_queue_max: Positive
     rules_path: str
     state_path: str
+    replay_log_mb: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
     def _ladder_ends(self) -> "ServingSettings":

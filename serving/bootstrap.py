@@ -6,6 +6,7 @@ Invariant: everything is closed in the reverse order of its making, and nothing 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 
 from core.clock import Clock, SystemClock
 from core.codec import from_ms
@@ -20,6 +21,7 @@ from headrace.v1.ingest_service_pb2_grpc import add_IngestServiceServicer_to_ser
 from headrace.v1.recommender_service_pb2 import RecommendRequest
 from headrace.v1.recommender_service_pb2_grpc import add_RecommenderServiceServicer_to_server
 from serving import metrics
+from serving.answer_log import AnswerLog
 from serving.breaker import CLOSED, CircuitBreaker
 from serving.clients import CandidateClient, RankerClient
 from serving.ingest import DELIVERY_TIMEOUT_MS, IngestService, Profiles, TopicIdentities
@@ -27,6 +29,7 @@ from serving.ladder import Ladder, LastGood
 from serving.pipeline import Pipeline, Stages
 from serving.recommender import Recommender
 from serving.release import Release, Releases
+from serving.replay import Replayer
 from serving.service import RecommenderService
 from serving.shown import Shown
 from serving.stages.filter import EligibilityFilter
@@ -82,24 +85,29 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
             stack.push_async_callback(asyncio.to_thread, producer.close, 2)
         impressions = KafkaImpressionLog(for_impressions, topics.impressions, serving.impression_queue_max)
         shown = Shown(serving.last_good_users, serving.fatigue_half_life_seconds)
+        answers = AnswerLog(Path(serving.state_path) if serving.state_path else None, serving.replay_log_mb)
+        stack.push_async_callback(asyncio.to_thread, answers.close)
+        reranker, selector = BlendingReRanker(serving, settings.features, shown), TopSelector(settings.features)
         filters = EligibilityFilter()
         stages = Stages(
             StoreHydrator(store, breakers["redis"], settings.features),
             MergingRetriever(candidate),
             filters,
             ServiceRanker(ranker),
-            BlendingReRanker(serving, settings.features, shown),
-            TopSelector(settings.features),
+            reranker,
+            selector,
             impressions,
         )
         last_good = LastGood(serving.last_good_users, serving.last_good_max_age_seconds, clock)
-        tombstones = _follow_tombstones(settings, topics, (last_good, shown))
+        tombstones = _follow_tombstones(settings, topics, (last_good, shown, answers))
         stack.push_async_callback(asyncio.to_thread, tombstones.stop)
-        pipeline = Pipeline(stages, Ladder(serving, filters, last_good), last_good, shown, serving.ladder, clock)
+        ladder = Ladder(serving, filters, last_good)
+        pipeline = Pipeline(stages, ladder, last_good, shown, answers, serving.ladder, clock)
         recommender = Recommender(pipeline, releases, serving, clock)
 
         server = GrpcServer(serving.host, serving.port, SERVICES)
-        answering = RecommenderService(recommender, breakers, serving, clock, process.stopping)
+        replayer = Replayer(answers, releases, reranker, selector, settings, clock)
+        answering = RecommenderService(recommender, replayer, breakers, serving, clock, process.stopping)
         add_RecommenderServiceServicer_to_server(answering, server.aio)
         identities = TopicIdentities(settings.kafka, (topics.events, topics.feedback))
         profiles = Profiles(store, breakers["redis"])
@@ -116,7 +124,9 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         yield server
 
 
-def _follow_tombstones(settings: Settings, topics: Topics, memories: Sequence[LastGood | Shown]) -> TopicFollower:
+def _follow_tombstones(
+    settings: Settings, topics: Topics, memories: Sequence[LastGood | Shown | AnswerLog]
+) -> TopicFollower:
     """Erased users are forgotten here, too. From the end of the topic: this process has kept nothing before."""
     loop = asyncio.get_running_loop()
 

@@ -13,8 +13,10 @@ from core.clock import Clock
 from headrace.v1 import types_pb2 as types
 from headrace.v1.recommender_service_pb2 import Recommendation, RecommendResponse
 from serving.answer import assemble
+from serving.answer_log import AnswerLog
 from serving.ladder import Ladder, LastGood
 from serving.query import Candidates, Query, Ranking, UserFeatures
+from serving.replay import record_of
 from serving.shown import Shown
 from serving.stages.filter import CandidateFilter
 from serving.stages.hydrate import Hydrator
@@ -51,6 +53,7 @@ class Pipeline:
         ladder: Ladder,
         last_good: LastGood,
         shown: Shown,
+        answers: AnswerLog,
         rungs: tuple[str, ...],
         clock: Clock,
     ) -> None:
@@ -58,6 +61,7 @@ class Pipeline:
         self._ladder = ladder
         self._last_good = last_good
         self._shown = shown
+        self._answers = answers
         self._rungs = rungs
         self._clock = clock
 
@@ -147,4 +151,6 @@ class Pipeline:
         self._stages.impressions.log(query, response)
         if not query.request.dry_run:
             self._shown.note(query.user_id, [item.item_id for item in items], query.now_ms)
+            if self._answers.is_kept:
+                self._answers.keep(record_of(query, user, ranking, response, self._stages.reranker.settings_digest))
         return response

@@ -158,6 +158,22 @@ class Staged(NamedTuple):
     removed: tuple[Removed, ...] = ()
 
 
+class Signals(NamedTuple):
+    """Signals of the moment, which nobody can look up later."""
+
+    # How much more an item is liked now than usually. [C]
+    trending: Floats
+    # How tired the user is of each item, 0..1; None = of none. [C]
+    fatigue: Floats | None = None
+
+
+class RankInputs(NamedTuple):
+    """What the re-ranker makes an order of: candidates by item_id, and the signals."""
+
+    candidates: Candidates
+    signals: Signals
+
+
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """Candidates in their final order, best first, and where each score comes from."""
@@ -173,3 +189,5 @@ class Ranking:
     contributions: npt.NDArray[np.float64] | None = None
     # Rows that a rule put where they are.
     pinned: frozenset[int] = frozenset()
+    # What it was made of; None for a list of the ladder.
+    inputs: RankInputs | None = None

@@ -21,7 +21,8 @@ from serving.answer import versions_of
 from serving.breaker import CircuitBreaker
 from serving.explain import explanation
 from serving.recommender import Recommender
-from serving.validation import check_batch, check_explain
+from serving.replay import Replayer
+from serving.validation import check_batch, check_explain, check_replay
 
 Context = grpc.aio.ServicerContext[Any, Any]
 # Users of batch calls that are worked on at once; the rest of the capacity is for single requests.
@@ -37,12 +38,14 @@ class RecommenderService(RecommenderServiceServicer):
     def __init__(
         self,
         recommender: Recommender,
+        replayer: Replayer,
         breakers: Mapping[str, CircuitBreaker],
         settings: ServingSettings,
         clock: Clock,
         stopping: asyncio.Event,
     ) -> None:
         self._recommender = recommender
+        self._replayer = replayer
         self._breakers = breakers
         self._settings = settings
         self._clock = clock
@@ -93,14 +96,11 @@ class RecommenderService(RecommenderServiceServicer):
 
     async def ReplayRecommendation(
         self,
-        request: pb.ReplayRecommendationRequest,  # noqa: ARG002 - gRPC's signature, here and below
-        context: Context,
+        request: pb.ReplayRecommendationRequest,
+        context: Context,  # noqa: ARG002 - gRPC's signature, here and below
     ) -> pb.ReplayRecommendationResponse:
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED,
-            "answers cannot be rebuilt yet; their impressions are on the impressions topic, by recommendation_id",
-        )
-        raise AssertionError("abort raises")
+        check_replay(request)
+        return await self._replayer.replay(request.recommendation_id, request.user_id)
 
     async def GetModelInfo(
         self,

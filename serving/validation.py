@@ -11,7 +11,12 @@ from typing import TypeVar
 from core.codec import MAX_ID_CHARS, MAX_TAGS, MAX_TIME_MS, MIN_TIME_MS, check_event, check_id, to_ms
 from core.errors import InvalidRequestError, MalformedEventError
 from headrace.v1.events_pb2 import Event
-from headrace.v1.recommender_service_pb2 import ExplainRequest, RecommendBatchRequest, RecommendRequest
+from headrace.v1.recommender_service_pb2 import (
+    ExplainRequest,
+    RecommendBatchRequest,
+    RecommendRequest,
+    ReplayRecommendationRequest,
+)
 from headrace.v1.types_pb2 import Context, IngestToken, ItemFilter
 
 MAX_NUM_ITEMS = 500
@@ -68,6 +73,11 @@ def check_batch(request: RecommendBatchRequest) -> None:
 def check_explain(request: ExplainRequest, now_ms: int) -> None:
     _identifier("item_id", request.item_id)
     check_recommend(request.request, now_ms, "request.")
+
+
+def check_replay(request: ReplayRecommendationRequest) -> None:
+    _identifier("recommendation_id", request.recommendation_id)
+    _short("user_id", request.user_id)
 
 
 def _check_context(field: str, context: Context) -> None:

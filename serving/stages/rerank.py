@@ -15,7 +15,7 @@ from features.transforms import stable_hash
 from features.vectors import affinity_of, popularity_at
 from features.windows import UserState
 from headrace.v1 import types_pb2 as types
-from serving.query import SOURCE_BIT, Candidates, Query, Ranking, UserFeatures
+from serving.query import SOURCE_BIT, Candidates, Query, Ranking, RankInputs, Signals, UserFeatures
 from serving.rerank.blend import blend
 from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp
 from serving.rerank.exploration import explore
@@ -29,6 +29,9 @@ _DAY_MS = 86_400_000
 class ReRanker(Protocol):
     """Puts candidates into their final order."""
 
+    # Changes with the settings that the order depends on.
+    settings_digest: int
+
     def rerank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Ranking: ...
 
 
@@ -39,21 +42,29 @@ class BlendingReRanker:
         self._settings = settings
         self._features = features
         self._shown = shown
+        # Changes with everything in the settings that the order depends on.
+        self.settings_digest = stable_hash(repr((settings, features)))
 
     def rerank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Ranking:
-        release = query.release
-        item_ids = release.catalog.item_ids
+        catalog = query.release.catalog
         # By item_id first: from here on the earlier index wins a tie.
-        ids = [item_ids[row] for row in candidates.rows.tolist()]
+        ids = [catalog.item_ids[row] for row in candidates.rows.tolist()]
         by_id = sorted(range(len(ids)), key=ids.__getitem__)
         candidates, ids = candidates.take(np.array(by_id, np.intp)), [ids[index] for index in by_id]
+        trending = trending_lift(catalog, candidates.rows, query.now_ms, self._features)
+        signals = Signals(trending, self._fatigue(query, user, ids))
+        return self.order(query, user, RankInputs(candidates, signals))
 
-        blended = blend(self._parts(query, user, candidates), release.blend_weights)
+    def order(self, query: Query, user: UserFeatures, inputs: RankInputs) -> Ranking:
+        """The order of candidates that come by item_id; the same inputs, release and settings give the same one."""
+        release, (candidates, signals) = query.release, inputs
+        ids = [release.catalog.item_ids[row] for row in candidates.rows.tolist()]
+        blended = blend(self._parts(query, user, inputs), release.blend_weights)
         parts, contributions, relevance = list(blended.parts), blended.contributions, blended.scores
         members_of = members_among(release.catalog, candidates.rows)
         for name, shift in (
             ("rules", release.rules.shifts(query.surface, user.segment, ids, members_of)),
-            ("fatigue", self._fatigue(query, user, ids)),
+            ("fatigue", self._fatigue_shift(signals)),
         ):
             if shift is not None:
                 parts.append(name)
@@ -77,10 +88,12 @@ class BlendingReRanker:
             tuple(parts),
             contributions,
             frozenset(int(candidates.rows[order[place]]) for place in pinned),
+            inputs,
         )
 
-    def _parts(self, query: Query, user: UserFeatures, candidates: Candidates) -> dict[str, npt.NDArray[np.floating]]:
+    def _parts(self, query: Query, user: UserFeatures, inputs: RankInputs) -> dict[str, npt.NDArray[np.floating]]:
         """The raw score parts, by the names of the blend weights."""
+        candidates = inputs.candidates
         parts: dict[str, npt.NDArray[np.floating]] = {}
         if candidates.ranked is not None:
             parts["ranker"] = candidates.ranked
@@ -88,7 +101,7 @@ class BlendingReRanker:
         parts["retrieval"] = candidates.fused
         catalog, now_ms = query.release.catalog, query.now_ms
         parts["affinity"] = affinity(user.state, catalog, candidates.rows, now_ms, self._features)
-        parts["trending"] = trending_lift(catalog, candidates.rows, now_ms, self._features)
+        parts["trending"] = inputs.signals.trending
         parts["recency"] = recency(catalog, candidates.rows, now_ms)
         return parts
 
@@ -117,12 +130,16 @@ class BlendingReRanker:
         bounds = rules.bounds(query.surface, user.segment, members_of)
         return (hold_quotas(order, bounds, wanted) if bounds else place_pins(order, wanted)), filled
 
-    def _fatigue(self, query: Query, user: UserFeatures, ids: list[str]) -> npt.NDArray[np.float64] | None:
+    def _fatigue(self, query: Query, user: UserFeatures, ids: list[str]) -> Floats | None:
         if self._shown is None or self._settings.fatigue_weight <= 0:
             return None
         dealt_with = frozenset(entry.item_id for entry in user.state.history)
-        tired = self._shown.fatigue(user.user_id, ids, dealt_with, query.now_ms)
-        return None if tired is None else -self._settings.fatigue_weight * tired.astype(np.float64)
+        return self._shown.fatigue(user.user_id, ids, dealt_with, query.now_ms)
+
+    def _fatigue_shift(self, signals: Signals) -> npt.NDArray[np.float64] | None:
+        if signals.fatigue is None:
+            return None
+        return -self._settings.fatigue_weight * signals.fatigue.astype(np.float64)
 
     def _rate(self, query: Query) -> float:
         return 0.0 if query.request.disable_exploration else query.on.exploration_rate

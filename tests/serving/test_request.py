@@ -292,13 +292,6 @@ async def test_a_bad_batch_or_question_names_the_field(house) -> None:
         assert caught.value.details().startswith(said)
 
 
-async def test_replay_is_not_there_yet_and_says_so(house) -> None:
-    recommender, _ = await house.open()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await recommender.ReplayRecommendation(pb.ReplayRecommendationRequest(recommendation_id="a"))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
 async def test_model_info_and_watch_tell_what_serves(house) -> None:
     recommender, _ = await house.open()
     await recommender.Recommend(ask("nobody"))
