@@ -93,7 +93,7 @@ class Measured:
                         ReplayRecommendationRequest(recommendation_id=recommendation_id), timeout=10
                     )
                 except grpc.RpcError as error:
-                    self.differences[str(error.code().name)] += 1  # type: ignore[attr-defined]
+                    self.differences[str(error.code().name)] += 1
                     continue
                 self.matched += again.matches
                 if not again.matches:

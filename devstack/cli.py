@@ -18,6 +18,7 @@ from devstack import letters_cli, release_cli
 
 DEFAULT_HOME = Path(".headrace")
 _INTERRUPTED = 130
+_DIFFERS = 2
 _KAFKA_TIMEOUT_SECONDS = 5
 
 
@@ -75,6 +76,31 @@ def headrace(
     Begin with [bold]headrace demo[/]: it trains on simulated data, starts everything and shows it work.
     With data of your own: [bold]headrace import[/], [bold]headrace train[/], [bold]headrace up[/].
     """
+
+
+@app.command()
+def replay(
+    recommendation_id: Annotated[str, typer.Argument(help="From the answer.")],
+    user: Annotated[str, typer.Option(help="The answer must be this user's.")] = "",
+    address: Annotated[str, typer.Option(help="host:port of serving; else that of the settings.")] = "",
+    config: Config = None,
+) -> None:
+    """Make a past answer again from its record, and say whether it is the same.
+
+    Each serving process keeps the records of its last answers (serving.replay_log_mb) until it is started again. Exit
+    code 2 where something differs.
+
+    Example: [bold]headrace replay 6f9f3b0e-5d0e-4f43-8a63-0a4b6f6f2a10[/]
+    """
+    from core.settings import load_settings
+    from devstack.replay import replay as ask
+    from devstack.replay import told
+
+    serving = load_settings(config).serving
+    response = ask(address or f"{serving.host}:{serving.port}", recommendation_id, user)
+    typer.echo(told(response))
+    if not response.matches:
+        raise typer.Exit(_DIFFERS)
 
 
 @app.command()
