@@ -104,6 +104,33 @@ def replay(
 
 
 @app.command()
+def tune(
+    data: Annotated[Path | None, typer.Option(help="The event log; else that of the settings.")] = None,
+    registry: Annotated[Path | None, typer.Option(help="Folder of release bundles; else that of the settings.")] = None,
+    limit: Annotated[int, typer.Option(min=100, help="Look at about so many moments.")] = 4000,
+    promote: Annotated[bool, typer.Option(help="Let the tuned bundle serve.")] = True,
+    config: Config = None,
+) -> None:
+    """Fit the blend's weights on what users chose after the bundle's data, for everybody and by segment.
+
+    Batch scores, ranker, retrieval and fresh signals are weighed so that the choices become most likely. The result is
+    a new bundle with the same models.
+
+    Example: [bold]headrace train --before 2026-05-01T00:00:00Z && headrace tune[/]
+    """
+    from core.settings import load_settings
+    from devstack.tune import tune as run
+
+    settings = load_settings(config)
+    log = data or Path(settings.streams.event_log_path)
+    tuned = run(log, registry or settings.registry.path, settings, limit=limit, promote=promote)
+    for name, weights in {"everybody": tuned.weights, **tuned.segments}.items():
+        shown = ", ".join(f"{part} {weight:.3f}" for part, weight in weights.items())
+        typer.echo(f"{name:>12}  {shown}")
+    typer.echo(f"bundle {tuned.bundle_version}: from {tuned.choices:,} choices in {tuned.seconds:.0f} s")
+
+
+@app.command()
 def demo(
     data: Annotated[str, typer.Option(help="simulated, movielens or trivago.")] = "simulated",
     path: Annotated[Path | None, typer.Option(help="Folder of the MovieLens or Trivago files.")] = None,

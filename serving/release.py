@@ -5,10 +5,11 @@ release from beginning to end; a bundle that does not load leaves the one that s
 """
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from core import bundle as bundles
 from core.bundle import Manifest, ReleaseBundle
@@ -39,10 +40,16 @@ class Release:
     popular: PopularLists
     blend_weights: dict[str, float]
     rules: Rules
+    # Of segments that have weights of their own.
+    segment_weights: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
         return self.manifest.bundle_version
+
+    def weights_for(self, segment: str) -> dict[str, float]:
+        """Blend weights of a user of this segment."""
+        return self.segment_weights.get(segment, self.blend_weights)
 
     def put_item(self, item: Item) -> None:
         self.catalog.upsert(item)
@@ -70,20 +77,28 @@ def load_release(bundle: ReleaseBundle, settings: Settings) -> Release:
             catalog.put_stats(stats)
     popular = PopularLists(catalog, bundle.json(bundles.POPULARITY))
     weights = dict(settings.serving.blend_weights)
+    of_segments: dict[str, dict[str, float]] = {}
     if bundle.has(bundles.BLEND):
-        weights = _weights(bundle)
+        weights, of_segments = _weights(bundle)
     rules = Rules.parse(bundle.json(bundles.RULES)) if bundle.has(bundles.RULES) else Rules()
-    return Release(bundle.manifest, catalog, popular, weights, rules)
+    return Release(bundle.manifest, catalog, popular, weights, rules, of_segments)
 
 
-def _weights(bundle: ReleaseBundle) -> dict[str, float]:
+def _weights(bundle: ReleaseBundle) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The bundle's blend weights, and those of segments that have their own."""
     try:
-        weights = {str(name): float(weight) for name, weight in bundle.json(bundles.BLEND)["weights"].items()}
+        content = bundle.json(bundles.BLEND)
+        weights = _numbers(content["weights"])
+        of_segments = {str(name): _numbers(raw) for name, raw in content.get("segments", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"bundle {bundle.version}: blend weights are broken ({error!r}); train again") from error
-    if not all(0 <= weight < 1e6 for weight in weights.values()):
-        raise ArtifactError(f"bundle {bundle.version}: blend weights must be numbers from 0 up; train again")
-    return weights
+        raise ArtifactError(f"bundle {bundle.version}: blend weights are broken ({error!r}); tune again") from error
+    if not all(0 <= weight < 1e6 for some in (weights, *of_segments.values()) for weight in some.values()):
+        raise ArtifactError(f"bundle {bundle.version}: blend weights must be numbers from 0 up; tune again")
+    return weights, of_segments
+
+
+def _numbers(raw: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): float(weight) for name, weight in raw.items()}
 
 
 class Releases:

@@ -59,7 +59,7 @@ class BlendingReRanker:
         """The order of candidates that come by item_id; the same inputs, release and settings give the same one."""
         release, (candidates, signals) = query.release, inputs
         ids = [release.catalog.item_ids[row] for row in candidates.rows.tolist()]
-        blended = blend(self._parts(query, user, inputs), release.blend_weights)
+        blended = blend(self._parts(query, user, inputs), release.weights_for(user.segment))
         parts, contributions, relevance = list(blended.parts), blended.contributions, blended.scores
         members_of = members_among(release.catalog, candidates.rows)
         for name, shift in (

@@ -19,7 +19,7 @@ from serving.trace import Drop, Removed
 
 # Reciprocal rank fusion: an item's score is the sum over its sources of 1 / (60 + rank), which needs no common
 # scale of the sources' scores. Source: Cormack, Clarke and Buettcher, SIGIR 2009, who also give the 60.
-_FUSION = 60.0
+FUSION = 60.0
 _NO_SOURCE = (0.0, 0.0, 0.0, 0)
 
 
@@ -84,7 +84,7 @@ class _Merger:
         fused, bits = np.zeros(count), np.zeros(count, np.int32)
         for part in response.proposals:
             at = np.array(part.candidates, np.intp)
-            fused[at] += 1.0 / (_FUSION + np.array(part.ranks))
+            fused[at] += 1.0 / (FUSION + np.array(part.ranks))
             bits[at] |= SOURCE_BIT.get(part.source, 0)
         columns = (self._catalog.rows(response.item_ids).tolist(), response.scores, fused.tolist(), bits.tolist())
         for row, score, fused_score, source_bits in zip(*columns, strict=True):
@@ -98,7 +98,7 @@ class _Merger:
         for rank, (row, score) in enumerate(zip(rows, user.batch_scores, strict=False)):
             if row >= 0:
                 retrieval, fused, _, bits = self._entries.get(row, _NO_SOURCE)
-                self._entries[row] = (retrieval, fused + 1.0 / (_FUSION + rank), score, bits | batch)
+                self._entries[row] = (retrieval, fused + 1.0 / (FUSION + rank), score, bits | batch)
 
     def add_rows(self, rows: list[int]) -> None:
         for row in rows:

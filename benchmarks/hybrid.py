@@ -1,0 +1,222 @@
+"""What fresh signals are worth over batch scores: `python -m benchmarks.hybrid --dataset ml-100k|trivago|DIR`.
+
+A public log replayed in event time: the first 70% of the events train, on the next 10% the blend's weights are fitted,
+the last 20% is predicted, with batch scores made again at each simulated midnight and fresh signals that are as late as
+told. NDCG@10 and MRR of popular items, batch scores alone, batch scores with fresh signals, and everything online.
+Figures: benchmarks/hybrid.md. Invariant: weights come from earlier time than what is predicted; the margin's interval
+is a bootstrap over users.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from core.errors import RecommenderError
+from core.settings import Settings, load_settings
+from devstack.blend_fit import Choice, fit_weights
+from devstack.blend_replay import FRESH, ONLINE, BlendReplay, Moment, Plan
+from features.catalog import Catalog
+from features.stores.event_log import EventLog
+from offline.data import movielens, public, trivago
+from offline.data.dataset import times_of
+from offline.models import Models
+from offline.train import train
+from serving.rerank.blend import blend
+
+_TRAIN_SHARE, _TUNE_SHARE = 0.7, 0.1
+_CUTOFF = 10
+DELAYS_MS = {"0 s": 0, "10 s": 10_000, "1 min": 60_000, "5 min": 300_000, "30 min": 1_800_000}
+_HYBRID = ("batch", *FRESH)
+_ALL = (*ONLINE, *_HYBRID)
+_BOOTSTRAPS = 1000
+_QUICK_TRAINING = {"offline": {"max_epochs": 5, "ranker_epochs": 1, "ranker_max_rows": 20_000}}
+
+
+@dataclass
+class Scores:
+    """Gains of one way to recommend, by user: (NDCG@10, reciprocal rank, warm)."""
+
+    gains: dict[str, list[tuple[float, float, bool]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, moment: Moment, scores: np.ndarray) -> None:
+        found = set(moment.places)
+        order = np.argsort(-scores, kind="stable").tolist()
+        ranks = [rank for rank, at in enumerate(order) if at in found and np.isfinite(scores[at])]
+        for rank in ranks:
+            ndcg = 1 / np.log2(rank + 2) if rank < _CUTOFF else 0.0
+            self.gains[moment.user_id].append((float(ndcg), 1 / (rank + 1), moment.warm))
+        # What is not among the candidates is a miss.
+        missing = len(moment.targets) - len(ranks)
+        self.gains[moment.user_id].extend([(0.0, 0.0, moment.warm)] * missing)
+
+    def table(self, *, warm: bool) -> np.ndarray:
+        """Per user: sum of NDCG, sum of reciprocal ranks, count. Shape [users, 3]."""
+        rows = []
+        for user in sorted(self.gains):
+            some = [(ndcg, mrr) for ndcg, mrr, is_warm in self.gains[user] if is_warm or not warm]
+            rows.append((sum(n for n, _ in some), sum(m for _, m in some), len(some)))
+        return np.array(rows, np.float64).reshape(-1, 3)
+
+
+def quality(scores: Scores, *, warm: bool) -> dict[str, float]:
+    table = scores.table(warm=warm)
+    count = max(1.0, table[:, 2].sum())
+    return {"ndcg_at_10": round(table[:, 0].sum() / count, 4), "mrr": round(table[:, 1].sum() / count, 4)}
+
+
+def margin(better: Scores, base: Scores, *, warm: bool) -> dict[str, float]:
+    """How much higher the NDCG@10 is, with a 95% interval over resampled users."""
+    left, right = better.table(warm=warm), base.table(warm=warm)
+    draw = np.random.default_rng(7)
+    users = len(left)
+    samples = []
+    for _ in range(_BOOTSTRAPS):
+        chosen = draw.integers(0, users, users)
+        count = max(1.0, left[chosen, 2].sum())
+        samples.append((left[chosen, 0].sum() - right[chosen, 0].sum()) / count)
+    low, high = np.percentile(samples, [2.5, 97.5]).tolist()
+    count = max(1.0, left[:, 2].sum())
+    return {
+        "margin": round((left[:, 0].sum() - right[:, 0].sum()) / count, 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
+
+
+def score(moment: Moment, weights: Mapping[str, float], *, only_batch: bool = False) -> np.ndarray:
+    """Blended scores; without retrieval, only what the batch scores brought may be shown."""
+    parts = {name: values for name, values in moment.parts.items() if name in weights}
+    scores: np.ndarray = blend(parts, weights).scores
+    # A user whom the batch run did not know gets what was popular then.
+    if only_batch:
+        scores = np.where(moment.from_batch, scores, -np.inf) if moment.warm else moment.popular
+    return scores
+
+
+def choices_of(moments: Iterable[Moment], *, only_batch: bool = False) -> list[Choice]:
+    found = []
+    for moment in moments:
+        kept = moment.from_batch if only_batch else np.ones(len(moment.rows), np.bool_)
+        index = np.cumsum(kept) - 1
+        parts = {name: values[kept] for name, values in moment.parts.items()}
+        found += [Choice(parts, int(index[at])) for at in moment.places if kept[at]]
+    return found
+
+
+def run(log: EventLog, registry: Path, settings: Settings, limit: int) -> dict[str, Any]:
+    started = time.monotonic()
+    times = np.sort(times_of(log.events(columns=["event_time"])))
+    tune_ms = int(times[int(len(times) * _TRAIN_SHARE)])
+    test_ms = int(times[int(len(times) * (_TRAIN_SHARE + _TUNE_SHARE))])
+    say("training on the oldest 70%")
+    bundle = train(log.root, registry, settings, before_ms=tune_ms, promote=False, progress=False)
+    items = list(bundle.items())
+    catalog = Catalog(settings.features)
+    for item in items:
+        catalog.upsert(item)
+    models = Models.load(bundle.path, catalog, settings, "cpu")
+    replay = BlendReplay(log, items, models, settings)
+    every = max(1, int((times >= test_ms).sum()) // limit)
+    say("fitting weights on the next 10%")
+    tuning = list(replay.moments(Plan(tune_ms, test_ms, every=max(1, every // 2))))
+    hybrid, online = (
+        fit_weights(choices_of(tuning, only_batch=True), _HYBRID),
+        fit_weights(choices_of(tuning), _ALL),
+    )
+    say(f"batch and fresh: {hybrid}; online: {online}")
+    result: dict[str, Any] = {"weights": {"batch_and_fresh": hybrid, "online": online}, "delays": {}}
+    for name, delay_ms in DELAYS_MS.items():
+        say(f"predicting the newest 20%, signals {name} late")
+        result["delays"][name] = _predict(replay.moments(Plan(test_ms, None, delay_ms, every)), hybrid, online)
+    return result | {"seconds": round(time.monotonic() - started), "load_average": round(os.getloadavg()[0], 1)}
+
+
+def _predict(moments: Iterable[Moment], hybrid: Mapping[str, float], online: Mapping[str, float]) -> dict[str, Any]:
+    ways = {name: Scores() for name in ("popular", "batch", "batch and fresh", "online")}
+    count = warm = 0
+    for moment in moments:
+        count += len(moment.targets)
+        warm += moment.warm * len(moment.targets)
+        ways["popular"].add(moment, moment.popular)
+        ways["batch"].add(moment, score(moment, {"batch": 1.0}, only_batch=True))
+        ways["batch and fresh"].add(moment, score(moment, hybrid, only_batch=True))
+        ways["online"].add(moment, score(moment, online))
+    found: dict[str, Any] = {"predicted": count, "warm": warm}
+    for group, only_warm in (("all", False), ("warm_users", True)):
+        found[group] = {name: quality(scores, warm=only_warm) for name, scores in ways.items()}
+        found[group]["fresh_over_batch"] = margin(ways["batch and fresh"], ways["batch"], warm=only_warm)
+        found[group]["online_over_batch"] = margin(ways["online"], ways["batch"], warm=only_warm)
+    return found
+
+
+def open_dataset(name: str, data: Path, work: Path) -> EventLog:
+    """The log of a public data set, or of a folder."""
+    root = work / "log"
+    if name == "ml-100k":
+        movielens.load(data / name, root)
+    elif name == "trivago":
+        trivago.load(data / name, root)
+    else:
+        kind = public.recognise(Path(name))
+        if kind is None:
+            return EventLog(name)
+        public.load(kind, Path(name), root)
+    return EventLog(root)
+
+
+def say(text: str) -> None:
+    print(f"{'hybrid':>10}  {text}", file=sys.stderr, flush=True)
+
+
+def print_result(result: Mapping[str, Any], console: Console) -> None:
+    for group in ("all", "warm_users"):
+        table = Table(title=f"NDCG@10 (MRR), {group.replace('_', ' ')}", title_justify="left")
+        ways = ("popular", "batch", "batch and fresh", "online")
+        for column in ("signals", *ways, "fresh over batch", "online over batch"):
+            table.add_column(column)
+        for delay, found in result["delays"].items():
+            cells = [f"{found[group][way]['ndcg_at_10']:.4f} ({found[group][way]['mrr']:.4f})" for way in ways]
+            margins = (found[group]["fresh_over_batch"], found[group]["online_over_batch"])
+            cells += [f"{one['margin']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]" for one in margins]
+            table.add_row(f"{delay} late", *cells)
+        console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--dataset", required=True, help="ml-100k, trivago, or the folder of a public data set or an event log"
+    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the public data sets lie")
+    parser.add_argument("--limit", type=int, default=2000, help="about so many moments are predicted at each delay")
+    parser.add_argument("--quick", action="store_true", help="short training, 200 moments")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    given = parser.parse_args(arguments)
+    try:
+        settings = load_settings(overrides=_QUICK_TRAINING if given.quick else {})
+        with tempfile.TemporaryDirectory(prefix="headrace-hybrid-") as scratch:
+            log = open_dataset(given.dataset, given.data, Path(scratch))
+            result = run(log, Path(scratch) / "bundles", settings, 200 if given.quick else given.limit)
+    except RecommenderError as error:
+        print(f"benchmarks.hybrid: {error}", file=sys.stderr)
+        return 1
+    print_result(result, Console(stderr=given.json, width=200))
+    if given.json:
+        print(json.dumps({"dataset": given.dataset} | result | {"quick": given.quick}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
