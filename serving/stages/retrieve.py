@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from core.errors import StageError
-from features.catalog import Catalog
+from features.catalog import Catalog, Rows
 from headrace.v1 import types_pb2 as types
 from headrace.v1.candidate_service_pb2 import RetrieveCandidatesRequest, RetrieveCandidatesResponse
 from headrace.v1.types_pb2 import ItemFilter
@@ -20,7 +20,6 @@ from serving.trace import Drop, Removed
 # Reciprocal rank fusion: an item's score is the sum over its sources of 1 / (60 + rank), which needs no common
 # scale of the sources' scores. Source: Cormack, Clarke and Buettcher, SIGIR 2009, who also give the 60.
 FUSION = 60.0
-_NO_SOURCE = (0.0, 0.0, 0.0, 0)
 
 
 class Retriever(Protocol):
@@ -41,18 +40,18 @@ class MergingRetriever:
         if query.page.snapshot is not None:
             # A later page ranks what the first one found: nothing is skipped, nothing comes in between.
             return Staged(query.page.snapshot)
-        merged = _Merger(query.release.catalog)
+        catalog = query.release.catalog
+        found = Candidates.of_rows(np.empty(0, np.int32))
         try:
             response = await self._client.retrieve(self._request(query, user), query.budget)
         except StageError as error:
             query.trace.blame(error)
         else:
             _note(query, response)
-            merged.add_response(response)
-        merged.add_batch(user)
+            found = _of_response(response, catalog)
         pins = query.release.rules.pins(query.surface, user.segment)
-        merged.add_rows([query.release.catalog.row(pin.item_id) for pin in pins])
-        return _capped(merged.candidates(), query.num_candidates + len(pins))
+        found = _with_pins(_with_batch(found, user, catalog), catalog.rows(pin.item_id for pin in pins))
+        return _capped(found, query.num_candidates + len(pins))
 
     def _request(self, query: Query, user: UserFeatures) -> RetrieveCandidatesRequest:
         return RetrieveCandidatesRequest(
@@ -70,52 +69,43 @@ class MergingRetriever:
         )
 
 
-class _Merger:
-    """Candidates by catalogue row, in the order of their first source."""
+def _of_response(response: RetrieveCandidatesResponse, catalog: Catalog) -> Candidates:
+    """What the candidate service found."""
+    rows = catalog.rows(response.item_ids)
+    fused, bits = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int32)
+    for part in response.proposals:
+        at = np.array(part.candidates, np.intp)
+        fused[at] += 1.0 / (FUSION + np.array(part.ranks))
+        bits[at] |= SOURCE_BIT.get(part.source, 0)
+    found = Candidates(rows, np.array(response.scores, np.float32), fused, np.zeros(len(rows), np.float32), bits)
+    # A row below 0: upserted a moment ago, not here yet; it has no title and no known availability.
+    return found if (rows >= 0).all() else found.take(rows >= 0)
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        # row -> retrieval score, fused score, batch score, source bits
-        self._entries: dict[int, tuple[float, float, float, int]] = {}
 
-    def add_response(self, response: RetrieveCandidatesResponse) -> None:
-        """Adds what the candidate service found; to be called first."""
-        count = len(response.item_ids)
-        fused, bits = np.zeros(count), np.zeros(count, np.int32)
-        for part in response.proposals:
-            at = np.array(part.candidates, np.intp)
-            fused[at] += 1.0 / (FUSION + np.array(part.ranks))
-            bits[at] |= SOURCE_BIT.get(part.source, 0)
-        columns = (self._catalog.rows(response.item_ids).tolist(), response.scores, fused.tolist(), bits.tolist())
-        for row, score, fused_score, source_bits in zip(*columns, strict=True):
-            # A row below 0: upserted a moment ago, not here yet; it has no title and no known availability.
-            if row >= 0:
-                self._entries[row] = (score, fused_score, 0.0, source_bits)
+def _with_batch(found: Candidates, user: UserFeatures, catalog: Catalog) -> Candidates:
+    """With the user's batch scores: those of items that were found, and the others as candidates of their own."""
+    if not len(user.batch_item_ids):
+        return found
+    scores = np.array(user.batch_scores, np.float32)
+    rows = catalog.rows(user.batch_item_ids)[: len(scores)]
+    _, first = np.unique(rows, return_index=True)
+    ranks = np.sort(first[rows[first] >= 0])
+    rows, scores = rows[ranks], scores[ranks]
+    fused = (1.0 / (FUSION + ranks)).astype(np.float32)
+    place = {row: at for at, row in enumerate(found.rows.tolist())}
+    at = np.array([place.get(row, -1) for row in rows.tolist()], np.intp)
+    known, more = at >= 0, at < 0
+    found.fused[at[known]] += fused[known]
+    found.batch[at[known]] = scores[known]
+    found.source_bits[at[known]] |= SOURCE_BIT["batch"]
+    bits = np.full(int(more.sum()), SOURCE_BIT["batch"], np.int32)
+    return found.with_more(Candidates(rows[more], np.zeros(len(bits), np.float32), fused[more], scores[more], bits))
 
-    def add_batch(self, user: UserFeatures) -> None:
-        batch = SOURCE_BIT["batch"]
-        rows = self._catalog.rows(user.batch_item_ids).tolist()
-        for rank, (row, score) in enumerate(zip(rows, user.batch_scores, strict=False)):
-            if row >= 0:
-                retrieval, fused, _, bits = self._entries.get(row, _NO_SOURCE)
-                self._entries[row] = (retrieval, fused + 1.0 / (FUSION + rank), score, bits | batch)
 
-    def add_rows(self, rows: list[int]) -> None:
-        for row in rows:
-            if row >= 0:
-                self._entries.setdefault(row, _NO_SOURCE)
-
-    def candidates(self) -> Candidates:
-        if not self._entries:
-            return Candidates.of_rows(np.empty(0, np.int32))
-        retrieval, fused, batch, bits = zip(*self._entries.values(), strict=True)
-        return Candidates(
-            np.fromiter(self._entries, np.int32, len(self._entries)),
-            np.array(retrieval, np.float32),
-            np.array(fused, np.float32),
-            np.array(batch, np.float32),
-            np.array(bits, np.int32),
-        )
+def _with_pins(found: Candidates, rows: Rows) -> Candidates:
+    """With the rules' pins, which have no source."""
+    missing = rows[(rows >= 0) & ~np.isin(rows, found.rows)]
+    return found.with_more(Candidates.of_rows(np.unique(missing))) if len(missing) else found
 
 
 def _capped(candidates: Candidates, limit: int) -> Staged:
