@@ -1,8 +1,8 @@
 """Requests that nobody should send: `python -m benchmarks.request_fuzz [--requests N] [--seed S] [--quick] [--json]`.
 
 Every field of every request of the front door, filled with what is odd: nothing, too much, the wrong sign, no
-number, no text, the far past. On a whole stack, 32 at once. Figures: benchmarks/request_fuzz.md. Invariant: exit code 0 only when
-every answer was OK, INVALID_ARGUMENT or RESOURCE_EXHAUSTED (NOT_FOUND for a replay), and the process lived through it.
+number, no text, the far past. On a whole stack, 32 at once. Figures: benchmarks/request_fuzz.md. Invariant: exit code 0
+only when every answer was OK, INVALID_ARGUMENT or RESOURCE_EXHAUSTED (NOT_FOUND for a replay), and the process lived.
 """
 
 import argparse
