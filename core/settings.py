@@ -226,6 +226,7 @@ class ServingSettings(_Section):
     stage_budget_ms: StageBudgets
     default_num_items: Annotated[int, Field(gt=0, le=500)]
     num_candidates: Annotated[int, Field(gt=0, le=2000)]
+    retrieval_cache_seconds: Annotated[float, Field(ge=0, le=60)]
     ladder: tuple[Tier, ...]
     breaker_failures: Positive
     breaker_open_ms: Positive

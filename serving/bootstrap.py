@@ -4,9 +4,10 @@ Invariant: everything is closed in the reverse order of its making, and nothing 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from core.clock import Clock, SystemClock
 from core.codec import from_ms
@@ -23,6 +24,7 @@ from headrace.v1.recommender_service_pb2_grpc import add_RecommenderServiceServi
 from serving import metrics
 from serving.answer_log import AnswerLog
 from serving.breaker import CLOSED, CircuitBreaker
+from serving.candidate_cache import CachingRetriever
 from serving.clients import CandidateClient, RankerClient
 from serving.ingest import DELIVERY_TIMEOUT_MS, IngestService, Profiles, TopicIdentities
 from serving.ladder import Ladder, LastGood
@@ -42,6 +44,14 @@ from serving.stages.select import TopSelector
 from serving.store_reader import UserStore
 
 _log = get_logger("serving")
+
+
+class Memory(Protocol):
+    """What keeps something of users for a while."""
+
+    def forget(self, user_ids: Iterable[str]) -> None: ...
+
+
 SERVICES = ("headrace.v1.RecommenderService", "headrace.v1.IngestService")
 DEPENDENCIES = ("redis", "candidate", "ranker", "kafka")
 # Impressions may wait for company; an ingested event may not.
@@ -88,10 +98,12 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         answers = AnswerLog(Path(serving.state_path) if serving.state_path else None, serving.replay_log_mb)
         stack.push_async_callback(asyncio.to_thread, answers.close)
         reranker, selector = BlendingReRanker(serving, settings.features, shown), TopSelector(settings.features)
+        seconds = serving.retrieval_cache_seconds
+        retriever = CachingRetriever(MergingRetriever(candidate), seconds, serving.last_good_users, clock)
         filters = EligibilityFilter()
         stages = Stages(
             StoreHydrator(store, breakers["redis"], settings.features),
-            MergingRetriever(candidate),
+            retriever,
             filters,
             ServiceRanker(ranker),
             reranker,
@@ -99,7 +111,7 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
             impressions,
         )
         last_good = LastGood(serving.last_good_users, serving.last_good_max_age_seconds, clock)
-        tombstones = _follow_tombstones(settings, topics, (last_good, shown, answers))
+        tombstones = _follow_tombstones(settings, topics, (last_good, shown, answers, retriever))
         stack.push_async_callback(asyncio.to_thread, tombstones.stop)
         ladder = Ladder(serving, filters, last_good)
         pipeline = Pipeline(stages, ladder, last_good, shown, answers, serving.ladder, clock)
@@ -124,9 +136,7 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         yield server
 
 
-def _follow_tombstones(
-    settings: Settings, topics: Topics, memories: Sequence[LastGood | Shown | AnswerLog]
-) -> TopicFollower:
+def _follow_tombstones(settings: Settings, topics: Topics, memories: Sequence[Memory]) -> TopicFollower:
     """Erased users are forgotten here, too. From the end of the topic: this process has kept nothing before."""
     loop = asyncio.get_running_loop()
 

@@ -19,3 +19,4 @@ quality = gauge("serving", "quality", "Share of the candidates that are asked fo
 admission_limit = gauge("serving", "admission_limit", "Requests that may go through all stages at once.")
 loop_lag_ms = gauge("serving", "loop_lag_ms", "How late the event loop is: what a request waits before it is seen.")
 answers_not_kept = counter("serving", "answers_not_kept", "Answers that cannot be replayed: the log was full.")
+retrievals_saved = counter("serving", "retrievals_saved", "Requests answered from candidates of a moment before.")

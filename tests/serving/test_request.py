@@ -335,3 +335,35 @@ async def test_what_was_shown_and_let_pass_falls(house) -> None:
     assert not set(ids(first)) & set(ids(second))
     again = await recommender.Recommend(ask("bob", session_events=[click(4, user_id="bob")]))
     assert set(ids(again)) & set(ids(first)), "another user is not tired of them"
+
+
+async def test_the_same_question_is_retrieved_once_until_anything_changes(house) -> None:
+    house.put_user()
+    recommender, _ = await house.open(retrieval_cache_seconds=30)
+    warm_ups = len(house.candidate.requests)
+    first = await recommender.Recommend(ask())
+    second = await recommender.Recommend(ask())
+    assert ids(first) == ids(second)
+    assert second.versions == first.versions
+    assert len(house.candidate.requests) == warm_ups + 1
+    for changed in (
+        ask(session_events=[click(101, "a")]),
+        ask(session_events=[click(105, "a")]),
+        ask(filter=ItemFilter(categories_any=["tea"])),
+        ask(context=Context(surface="mail")),
+    ):
+        before = len(house.candidate.requests)
+        await recommender.Recommend(changed)
+        assert len(house.candidate.requests) == before + 1
+    house.put_user(clicked=(4, 8, 12))
+    assert (await recommender.Recommend(ask())).state_revision == 3
+    assert len(house.candidate.requests) == warm_ups + 6
+
+
+async def test_an_incomplete_retrieval_is_not_kept(house) -> None:
+    house.put_user(batch=(60, 61))
+    recommender, _ = await house.open(retrieval_cache_seconds=30)
+    house.candidate.mode = "fail"
+    assert "RETRIEVAL_UNAVAILABLE" in reasons(await recommender.Recommend(ask()))
+    house.candidate.mode = "answer"
+    assert not reasons(await recommender.Recommend(ask()))
