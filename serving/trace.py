@@ -13,11 +13,13 @@ from google.protobuf.duration_pb2 import Duration
 
 from core.clock import Clock
 from core.errors import StageError, StageTimeoutError
+from core.telemetry import tracer
 from features.catalog import Floats, Rows
 from headrace.v1 import types_pb2 as types
 from headrace.v1.types_pb2 import DegradedReason, StageTiming
 from serving.breaker import BreakerOpenError
 
+_tracer = tracer("serving")
 Reason: TypeAlias = "DegradedReason.ValueType"
 # dependency -> reason when it is away, reason when it is late
 _REASONS: dict[str, tuple[Reason, Reason]] = {
@@ -81,14 +83,16 @@ class Trace:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageReport]:
-        """Times a stage and keeps its report, also when it is cancelled."""
+        """Times a stage, in a span of its own, and keeps its report, also when it is cancelled."""
         report = StageReport(name)
         start = self.clock.monotonic()
-        try:
-            yield report
-        finally:
-            report.elapsed_ms = (self.clock.monotonic() - start) * 1000
-            self.stages.append(report)
+        with _tracer.start_as_current_span(f"serving.{name}") as span:
+            try:
+                yield report
+            finally:
+                report.elapsed_ms = (self.clock.monotonic() - start) * 1000
+                self.stages.append(report)
+                span.set_attributes({"kept": report.kept_count, "removed": report.removed_count})
 
     def degrade(self, *reasons: Reason) -> None:
         self._reasons.update(reasons)
