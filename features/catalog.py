@@ -7,6 +7,7 @@ a removed item keeps its row and is not available. One writer; readers may run b
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Catalog:
     def rows(self, item_ids: Iterable[str]) -> Rows:
         """Rows of items, -1 where unknown. Shape [n]."""
         get = self._row_of.get
-        return np.fromiter((get(item_id, -1) for item_id in item_ids), np.int32)
+        return np.fromiter(map(get, item_ids, repeat(-1)), np.int32)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A column, one value (or vector) a row.

@@ -41,6 +41,7 @@ CANDIDATE_FEATURES = (
     "affinity_short",
     "affinity_long",
     "log_times_in_history",
+    "recency_in_history",
     "in_session",
     "shared_categories_with_last",
     "retrieval_score",
@@ -168,14 +169,17 @@ def _candidates(
         buckets = catalog.column("buckets")[at]
         for index in (0, -1):
             out[:, 9 if index == 0 else 10] = affinity_of(state, buckets, index, now_ms, settings)
-        out[:, 11] = np.log1p((history_rows[None, :] == at[:, None]).sum(axis=1))
-        out[:, 12] = np.isin(at, session_rows)
+        times = history_rows[None, :] == at[:, None]
+        out[:, 11] = np.log1p(times.sum(axis=1))
+        # 1 for the last item, 1/2 for the one before it, ...: people come back to what they have just looked at.
+        out[:, 12] = np.where(times.any(axis=1), 1.0 / (1.0 + times[:, ::-1].argmax(axis=1)), 0.0)
+        out[:, 13] = np.isin(at, session_rows)
         last = history_rows[-1]
         if last >= 0:
             own = catalog.column("buckets")[last]
-            out[:, 13] = (np.isin(buckets, own[own >= 0])).sum(axis=1) / max(1, int((own >= 0).sum()))
-        out[~known, :14] = 0.0
-    out[:, 14] = retrieval_scores
+            out[:, 14] = (np.isin(buckets, own[own >= 0])).sum(axis=1) / max(1, int((own >= 0).sum()))
+        out[~known, :15] = 0.0
+    out[:, 15] = retrieval_scores
     first = CANDIDATE_FEATURES.index(f"from_{SOURCES[0]}")
     for bit in range(len(SOURCES)):
         out[:, first + bit] = (source_bits >> bit) & 1

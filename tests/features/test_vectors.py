@@ -1,6 +1,7 @@
 """Features of a request: defined for every input, and about the right thing."""
 
 import numpy as np
+import pytest
 
 from core.settings import load_settings
 from features import item_stats, vectors, windows
@@ -74,6 +75,12 @@ def test_the_last_click_shows_in_history_session_and_affinity() -> None:
     assert column(features, "in_session").tolist() == [1, 0]
     assert column(features, "affinity_short")[0] > column(features, "affinity_short")[1]
     assert column(features, "shared_categories_with_last").tolist() == [1, 0]
+
+
+def test_what_was_looked_at_last_is_the_most_recent() -> None:
+    catalog = catalog_of(*(Item(item_id=name) for name in "abcd"))
+    features = inputs(clicked("a", "b", "a", "c"), catalog, ["a", "b", "c", "d", "nobody-knows"])
+    assert column(features, "recency_in_history").tolist() == pytest.approx([1 / 2, 1 / 3, 1, 0, 0])
 
 
 def test_source_bits_and_scores_land_in_their_columns() -> None:
