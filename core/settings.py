@@ -175,6 +175,7 @@ class RankerSettings(_Section):
     max_batch_size: Annotated[int, Field(gt=0, le=1024)]
     max_wait_ms: Annotated[float, Field(ge=0)]
     queue_max: Positive
+    form: Literal["auto", "torch", "bf16", "onnx", "onnx-int8"]
     keep_previous: bool
     shadow_queue_max: Positive
 

@@ -187,6 +187,45 @@ def evaluate(
 
 
 @app.command()
+def export(
+    form: Annotated[str, typer.Option(help="onnx, onnx-int8, bf16, or triton (a model repository in OUT).")],
+    version: Annotated[str | None, typer.Option("--bundle", help="Of this bundle. Else of the current one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the model repository.", file_okay=False)] = None,
+    registry: Registry = None,
+    json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Make another form of a ranker, refused where it drifts: probabilities by 0.02, or NDCG@10 by 1% of itself.
+
+    A form is published as a bundle of its own, VERSION-FORM, not promoted; [bold]headrace release promote[/] lets it
+    serve. train puts the onnx form into every bundle where the extra `export` is installed.
+
+    Example: [bold]headrace export --form onnx-int8[/]
+    """
+    from core.bundle import current_version
+    from core.errors import ConfigError
+    from offline.export import export_form, write_triton
+
+    settings, _, folder = _read_settings(config, None, registry)
+    chosen = version or current_version(folder)
+    if form == "triton":
+        if out is None:
+            raise ConfigError("--form triton needs --out DIR, the folder of the model repository")
+        typer.echo(f"written: {write_triton(folder / chosen, out, settings)}")
+        return
+    made, drift = export_form(folder, chosen, form, settings)
+    if json:
+        import orjson
+
+        typer.echo(orjson.dumps({"bundle_version": made.version, **vars(drift)}).decode())
+        return
+    typer.echo(
+        f"bundle {made.version}: a score changes by {drift.max_score_change:.5f} at most, NDCG@10 from "
+        f"{drift.reference_ndcg_at_10:.4f} to {drift.ndcg_at_10:.4f}; `headrace release promote` lets it serve"
+    )
+
+
+@app.command()
 def score(
     data: Data = None,
     registry: Registry = None,

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from candidate.index import ItemIndex, save_index
 from candidate.towers import FORMAT as TOWERS_FORMAT
-from candidate.towers import load_towers
+from candidate.towers import load_towers, save_towers
 from core import bundle as names
 from core.bundle import Manifest, ReleaseBundle, open_bundle, promote_version, publish, staging_folder, write_delimited
 from core.clock import Clock, SystemClock
-from core.errors import ArtifactError, ConfigError
+from core.errors import ArtifactError, ConfigError, RecommenderError
 from core.settings import Settings
 from features import vectors, windows
 from features.stores.erasures import UnerasedLog
@@ -32,6 +33,7 @@ from features.stores.event_log import EventLog
 from headrace.v1.events_pb2 import Item
 from offline.batch_scores import write_batch_scores
 from offline.co_visitation import learn_co_visitation
+from offline.export import write_form
 from offline.logs import log_fingerprint, open_log, read_items
 from offline.models import Models, read_item_vectors
 from offline.popularity import popularity_lists
@@ -39,6 +41,7 @@ from offline.rebuild import PlacedReplay, placed_entries
 from offline.reporting import Reporter
 from offline.training.ranker import TrainedRanker, train_ranker
 from offline.training.towers import TrainedTowers, train_towers
+from ranker.forms import ONNX
 from ranker.model import load_ranker
 
 # Raise it when a step writes something else from the same data and settings.
@@ -46,7 +49,7 @@ FORMAT = 3
 _WORK = ".training"
 _DONE = "done.json"
 _TOWERS_FILES = (names.TOWERS, names.TOWERS_CONFIG, names.ITEM_VECTORS)
-_RANKER_FILES = (names.RANKER, names.RANKER_CONFIG, names.CALIBRATION)
+_RANKER_FILES = (names.RANKER, names.RANKER_CONFIG, names.RANKER_PROBE, names.CALIBRATION)
 
 
 def train(
@@ -145,11 +148,20 @@ class _Run:
 
     def towers(self) -> tuple[TrainedTowers, dict[str, float]]:
         folder, metrics = self._begin("towers")
+        # For the ranker's training, which must not meet towers that know its questions' answers.
+        validated = folder / "validated"
         if metrics is None:
             trained = train_towers(self._log, self.items, self._settings, folder, **self._how)
+            if trained.validated is not None:
+                validated.mkdir(exist_ok=True)
+                save_towers(trained.validated.towers, validated)
+                save_file({"vectors": trained.validated.item_vectors}, validated / names.ITEM_VECTORS)
             metrics = self._end(folder, trained.metrics)
             return trained, metrics
-        return TrainedTowers(load_towers(folder), read_item_vectors(folder), metrics), metrics
+        earlier = None
+        if validated.is_dir():
+            earlier = TrainedTowers(load_towers(validated), read_item_vectors(validated), metrics)
+        return TrainedTowers(load_towers(folder), read_item_vectors(folder), metrics, validated=earlier), metrics
 
     def ranker(self, towers: TrainedTowers) -> tuple[TrainedRanker, dict[str, float]]:
         folder, metrics = self._begin("ranker")
@@ -181,6 +193,7 @@ class _Run:
         known = {item.item_id for item in self.items}
         write_delimited(folder / names.ITEM_STATS, (s for s in replay.placed_stats() if s.item_id in known))
         learn_co_visitation(self._log, self._settings, now_ms, self._before_ms).save(folder)
+        self._export(folder)
         _write_json(folder / names.POPULARITY, popularity_lists(replay, now_ms, self._settings))
         _write_json(folder / names.BLEND, {"weights": self._settings.serving.blend_weights})
         _write_json(folder / names.RULES, {})
@@ -189,6 +202,13 @@ class _Run:
         target = folder / names.BATCH_SCORES
         write_batch_scores(models, replay.catalog, replay.states, now_ms, parts, target, self._reporter)
         return folder, now_ms
+
+    def _export(self, folder: Path) -> None:
+        """The form that the ranker computes fastest on a CPU, where its exporter is installed and it does not drift."""
+        try:
+            write_form(folder, ONNX, self._settings)
+        except RecommenderError as error:
+            self._reporter.say(f"no ONNX form, torch will serve: {error}")
 
     def _begin(self, step: str) -> tuple[Path, dict[str, float] | None]:
         """The step's folder, and its metrics where it was finished before."""

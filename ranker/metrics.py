@@ -17,6 +17,14 @@ candidates = counter("ranker", "candidates", "Candidates scored.")
 unknown_candidates = counter("ranker", "unknown_candidates", "Candidates that the catalogue does not know.")
 not_finite = counter("ranker", "not_finite", "Inputs and scores that were not finite and were replaced.")
 malformed = counter("ranker", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))
+features = counter("ranker", "features", "Users by what was there of them when scored.", ("feature", "status"))
+stability = gauge(
+    "ranker",
+    "feature_stability_index",
+    "Population stability index of live values against the bundle's sample: 0.1 is stable, 0.25 needs a look.",
+    ("feature",),
+)
+stage_ms = histogram_ms("ranker", "stage_ms", "Time of a batch's parts: features, model, health.", ("stage",))
 shadow_users = counter(
     "ranker", "shadow_users", "Users scored in shadow, or left out because it was behind.", ("outcome",)
 )

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -72,6 +72,16 @@ class RankerBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "RankerBatch":
         return RankerBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Tables(Protocol):
+    """What rows of items mean: vectors [n + 1, d] and category numbers [n + 1, 4], row 0 for what is not known."""
+
+    @property
+    def vectors(self) -> Tensor: ...
+
+    @property
+    def categories(self) -> Tensor: ...
 
 
 class ItemTable:
@@ -156,7 +166,7 @@ class RankerModel(nn.Module):
         self.position = nn.Embedding(config.positions + 1, 1, padding_idx=0)
         nn.init.zeros_(self.position.weight)
 
-    def forward(self, batch: RankerBatch, table: ItemTable, positions: Tensor | None = None) -> Tensor:
+    def forward(self, batch: RankerBatch, table: Tables, positions: Tensor | None = None) -> Tensor:
         """Logits [B, C, len(HEADS)].
 
         Args:
@@ -203,7 +213,8 @@ class RankerModel(nn.Module):
     def _standard(self, values: Tensor, name: str) -> Tensor:
         mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
         # What is not a number stands at the mean.
-        return torch.nan_to_num((values - mean) / std, nan=0.0).clamp(-_CLIP, _CLIP)
+        scaled = torch.nan_to_num((values - mean.to(values.dtype)) / std.to(values.dtype), nan=0.0)
+        return scaled.clamp(-_CLIP, _CLIP).to(mean.dtype)
 
     def _similarities(self, candidates: Tensor, history: Tensor, batch: RankerBatch) -> Tensor:
         """Cosines with the user's vector, the last, the best and the average liked item of the history, [B, C, 5]."""
@@ -223,7 +234,7 @@ class RankerModel(nn.Module):
             -1,
         )
 
-    def _categories(self, rows: Tensor, table: ItemTable) -> Tensor:
+    def _categories(self, rows: Tensor, table: Tables) -> Tensor:
         """Mean embedding of each candidate's categories, [B, C, category_width]."""
         ids = embedding(rows + 1, table.categories)
         count = (ids > 0).sum(-1, keepdim=True).clamp(min=1)

@@ -4,7 +4,9 @@ Loaded from a bundle, then kept fresh by one writer (ranker/feed.py). Invariant:
 beginning to end; a bundle whose parts do not fit each other, or whose warm-up fails, refuses to load.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,20 +14,39 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from core.bundle import ITEM_VECTORS, ReleaseBundle
+from core.bundle import ITEM_VECTORS, RANKER_FORM, RANKER_INT8, RANKER_ONNX, RANKER_PROBE, ReleaseBundle
 from core.clock import Clock
 from core.errors import ArtifactError
 from core.settings import Settings
+from core.telemetry import get_logger
 from features.catalog import Catalog, Floats, Rows
-from features.vectors import SIGNATURE, ranker_input
+from features.vectors import SIGNATURE, RankerInput, ranker_input
 from features.windows import Interaction, UserState
 from headrace.v1.events_pb2 import Item, ItemStats
 from ranker import metrics
 from ranker.calibration import load_calibration
-from ranker.model import load_ranker
-from ranker.scorer import Scorer, Scores
+from ranker.forms import (
+    BF16,
+    FORMS,
+    MAX_SCORE_CHANGE,
+    ONNX,
+    ONNX_INT8,
+    TORCH,
+    Bf16Network,
+    Network,
+    OnnxNetwork,
+    score_change,
+)
+from ranker.health import Health, Reference, rows_of
+from ranker.model import RankerBatch, load_ranker
+from ranker.probe import EMPTY, Probe, load_probe
+from ranker.scorer import Scorer, Scores, collate
+
+_log = get_logger("ranker")
 
 _WARM_UP_ROUNDS, _WARM_UP_CANDIDATES = 10, 500
+# Of the probe: enough to see a form that drifts, few enough to load quickly.
+_CHECKED_LISTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +67,8 @@ class Release:
     """What jobs are scored with. Methods that change it are for one thread."""
 
     def __init__(self, bundle: ReleaseBundle, catalog: Catalog, scorer: Scorer, load_time_ms: int) -> None:
+        # None until the warm-up is over: it is no traffic.
+        self.health: Health | None = None
         self.manifest = bundle.manifest
         self.catalog = catalog
         self.scorer = scorer
@@ -62,6 +85,26 @@ class Release:
     @property
     def dimension(self) -> int:
         return self.scorer.model.config.dimension
+
+    def score(self, jobs: Sequence[UserJob], settings: Settings) -> list[Scores]:
+        """Scores of users that are all to be scored by this release."""
+        with _timed("features"):
+            inputs = [self._input(job, settings) for job in jobs]
+        vectors = [job.user_vector for job in jobs]
+        with _timed("model"):
+            made = self.scorer.score(inputs, vectors)
+        if self.health is not None:
+            with _timed("health"):
+                states, times_ms = [job.state for job in jobs], [job.now_ms for job in jobs]
+                self.health.see(states, vectors, times_ms, inputs, [one.score for one in made])
+        return made
+
+    def _input(self, job: UserJob, settings: Settings) -> RankerInput:
+        rows = self.catalog.rows(job.item_ids)
+        metrics.candidates.inc(len(rows))
+        metrics.unknown_candidates.inc(int((rows < 0).sum()))
+        scores, bits = job.retrieval_scores, job.source_bits
+        return ranker_input(job.state, self.catalog, rows, scores, bits, job.now_ms, settings.features)
 
     def put_item(self, item: Item) -> None:
         row = self.catalog.upsert(item)
@@ -100,11 +143,74 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
         )
     device = choose_device(settings.ranker.device)
     scorer = Scorer(model, vectors, catalog.column("categories"), load_calibration(bundle.path), device)
+    probe = load_probe(bundle.path) if bundle.has(RANKER_PROBE) else EMPTY
+    scorer.network = choose_network(bundle, scorer, probe, settings.ranker.form)
     for stats in bundle.item_stats():
         catalog.put_stats(stats)
     release = Release(bundle, catalog, scorer, clock.now_ms())
     warm_up(release, settings)
+    release.health = Health(_reference(probe, scorer), settings.features)
     return release
+
+
+def choose_network(bundle: ReleaseBundle, scorer: Scorer, probe: Probe, form: str) -> Network:
+    """The network in the form of the setting `ranker.form`, checked against the one as trained.
+
+    Raises:
+        ArtifactError: the form that the setting names is not in the bundle, cannot run here, or drifts.
+    """
+    wanted = form
+    if form == "auto":
+        wanted = _own_form(bundle) if scorer.device.type == "cpu" else TORCH
+    if wanted == TORCH:
+        return scorer.network
+    try:
+        network = _network(bundle, scorer, wanted)
+        table, batches = scorer.table, _probe_batches(probe, scorer)
+        change = score_change(network, scorer.network, batches, table)
+        if not change <= MAX_SCORE_CHANGE:
+            raise ArtifactError(
+                f"bundle {bundle.version}: form {wanted} changes a score by {change:.4f} (allowed "
+                f"{MAX_SCORE_CHANGE}); export it again or set ranker.form to torch"
+            )
+    except ArtifactError as error:
+        if form != "auto":
+            raise
+        _log.warning("scores are computed by torch", bundle=bundle.version, problem=str(error))
+        return scorer.network
+    return network
+
+
+def _reference(probe: Probe, scorer: Scorer) -> Reference | None:
+    """What the probe's features, and this release's scores of them, look like."""
+    if not any(len(one.candidate_rows) for one in probe.inputs):
+        return None
+    inputs, vectors = probe.inputs[:_CHECKED_LISTS], probe.user_vectors[:_CHECKED_LISTS]
+    scores = scorer.score(inputs, vectors)
+    return Reference(np.concatenate([rows_of(one, made.score) for one, made in zip(inputs, scores, strict=True)]))
+
+
+def _own_form(bundle: ReleaseBundle) -> str:
+    if bundle.has(RANKER_FORM):
+        return bundle.file(RANKER_FORM).read_text("utf-8").strip()
+    return ONNX if bundle.has(RANKER_ONNX) else TORCH
+
+
+def _network(bundle: ReleaseBundle, scorer: Scorer, form: str) -> Network:
+    if form == BF16:
+        return Bf16Network(scorer.model, scorer.device)
+    files = {ONNX: RANKER_ONNX, ONNX_INT8: RANKER_INT8}
+    if form not in files:
+        raise ArtifactError(f"bundle {bundle.version} asks for form {form!r}, this version knows {', '.join(FORMS)}")
+    if scorer.device.type != "cpu":
+        raise ArtifactError(f"form {form} runs on a CPU only; set ranker.form to torch or bf16")
+    return OnnxNetwork(bundle.file(files[form]), form)
+
+
+def _probe_batches(probe: Probe, scorer: Scorer) -> list[RankerBatch]:
+    chosen = list(zip(probe.inputs, probe.user_vectors, strict=True))[:_CHECKED_LISTS]
+    dimension, count = scorer.model.config.dimension, len(scorer.table)
+    return [collate([one], [vector], dimension, count) for one, vector in chosen if len(one.candidate_rows)]
 
 
 def choose_device(name: str) -> torch.device:
@@ -119,29 +225,19 @@ def score_jobs(jobs: Sequence[UserJob], settings: Settings) -> list[Scores]:
     scores: dict[int, Scores] = {}
     for release in {id(job.release): job.release for job in jobs}.values():
         chosen = [index for index, job in enumerate(jobs) if job.release is release]
-        inputs = []
-        for index in chosen:
-            job = jobs[index]
-            rows = release.catalog.rows(job.item_ids)
-            metrics.candidates.inc(len(rows))
-            metrics.unknown_candidates.inc(int((rows < 0).sum()))
-            inputs.append(
-                ranker_input(
-                    job.state,
-                    release.catalog,
-                    rows,
-                    job.retrieval_scores,
-                    job.source_bits,
-                    job.now_ms,
-                    settings.features,
-                )
-            )
-        made = release.scorer.score(inputs, [jobs[index].user_vector for index in chosen])
+        made = release.score([jobs[index] for index in chosen], settings)
         scores.update(zip(chosen, made, strict=True))
     replaced = sum(one.replaced_count for one in scores.values())
     if replaced:
         metrics.not_finite.inc(replaced)
     return [scores[index] for index in range(len(jobs))]
+
+
+@contextmanager
+def _timed(stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    metrics.stage_ms.labels(stage).observe((time.perf_counter() - started) * 1000)
 
 
 def warm_up(release: Release, settings: Settings) -> None:

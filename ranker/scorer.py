@@ -13,6 +13,7 @@ import torch
 from features.catalog import Floats, Rows
 from features.vectors import CANDIDATE_FEATURES, USER_FEATURES, RankerInput
 from ranker.calibration import Calibration
+from ranker.forms import Network, TorchNetwork
 from ranker.model import CLICK, CONVERSION, HEADS, VALUE, ItemTable, RankerBatch, RankerModel
 
 # Candidates in one forward pass on a CPU: more fall out of its caches and take longer each.
@@ -58,7 +59,9 @@ class Scorer:
         device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
-        self.model = model.to(self.device).eval()
+        self.model = model.eval()
+        # May be replaced by another form of the same.
+        self.network: Network = TorchNetwork(model, self.device)
         self.table = ItemTable(item_vectors, categories, self.device)
         self._calibration = [calibration.of(head) for head in HEADS]
         self._trained = [head in model.config.trained_heads for head in HEADS]
@@ -98,10 +101,8 @@ class Scorer:
             yield chosen
 
     def _logits(self, group: Sequence[RankerInput], user_vectors: Sequence[Floats | None]) -> Floats:
-        batch = collate(group, user_vectors, self.model.config.dimension, len(self.table)).to(self.device)
-        with torch.inference_mode():
-            logits: Floats = self.model(batch, self.table).float().cpu().numpy()
-        return logits
+        batch = collate(group, user_vectors, self.model.config.dimension, len(self.table))
+        return self.network.logits(batch, self.table)
 
     def _finish(self, one: RankerInput, logits: Floats, vector: Floats | None) -> Scores:
         finite = np.isfinite(logits)

@@ -83,6 +83,7 @@ class RankerService(RankerServiceServicer):
             load_time=from_ms(release.load_time_ms),
             metrics=release.manifest.metrics,
             loaded_bundle_versions=self._releases.versions(),
+            form=release.scorer.network.form,
             shadow_bundle_version=shadow[0].version if shadow else "",
         )
 

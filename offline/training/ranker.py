@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from offline.training.ranker_rows import Row, RowMaker
 from offline.training.towers import TrainedTowers
 from ranker.calibration import save_calibration
 from ranker.model import CLICK, RankerModel, save_ranker
+from ranker.probe import MAX_LISTS, Probe, save_probe
 from ranker.scorer import Scorer
 
 _log = get_logger("training")
@@ -38,6 +40,9 @@ _log = get_logger("training")
 HELD_OUT_LISTS, SERVED_LISTS = 2000, 400
 # Of what the towers held out, the newest part is held out here too.
 HELD_OUT_SHARE, LEAST_LISTS = 0.4, 300
+
+
+Thing = TypeVar("Thing")
 
 
 @dataclass
@@ -64,7 +69,8 @@ def train_ranker(
     Args:
         log: events and, where there are any, impressions.
         items: the catalogue, in the order of the item vectors.
-        towers: the trained towers; their vectors are inputs of the ranker and bring its negatives.
+        towers: the trained towers; their vectors are inputs of the ranker and bring its negatives. Those as validated,
+            where there are such: towers that have learnt the answers make vectors that are too good.
         settings: `offline` for the training, `features` and `candidate` for what is computed and retrieved.
         work: folder for RANKER, RANKER_CONFIG and CALIBRATION.
         device: cpu, cuda, or auto for CUDA where there is one.
@@ -77,6 +83,7 @@ def train_ranker(
     started = time.monotonic()
     reporter = Reporter(shown=progress)
     torch.manual_seed(settings.offline.seed)
+    towers = towers.validated or towers
     rows = _rows(list(read_entries(log, end_ms=before_ms)), items, towers, settings, reporter)
     if not any((row.labels[:, CLICK] > 0).any() for row in rows.train):
         raise ConfigError(
@@ -91,6 +98,10 @@ def train_ranker(
     metrics |= order(scorer, rows.served, towers.item_vectors)
     save_ranker(trainer.model, work)
     save_calibration(calibration, work)
+    sample = _evenly(rows.served or rows.held_out or rows.train, MAX_LISTS)
+    gains = [(row.labels[:, CLICK] > 0).astype(np.float32) for row in sample]
+    probe = Probe([row.features for row in sample], [row.user_vector for row in sample], gains)
+    save_probe(probe, towers.item_vectors.shape[1], work)
     seconds = time.monotonic() - started
     metrics |= {"rows": float(sum(len(row.labels) for row in rows.train)), "epochs": epochs, "seconds": seconds}
     _log.info("ranker trained", **{name: round(value, 4) for name, value in metrics.items()})
@@ -165,7 +176,7 @@ def _informative(questions: Sequence[Question], seed: int) -> list[Question]:
     return [question for index, question in enumerate(questions) if index not in dropped]
 
 
-def _evenly(questions: Sequence[Question], count: int) -> list[Question]:
-    if len(questions) <= count:
-        return list(questions)
-    return [questions[int(index)] for index in np.linspace(0, len(questions) - 1, count)]
+def _evenly(things: Sequence[Thing], count: int) -> list[Thing]:
+    if len(things) <= count:
+        return list(things)
+    return [things[int(index)] for index in np.linspace(0, len(things) - 1, count)]

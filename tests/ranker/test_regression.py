@@ -28,11 +28,13 @@ Input = Callable[..., RankerInput]
 
 def fixed_model() -> RankerModel:
     """Weights from numpy's uniform stream, which does not change: the same on every machine and with every torch."""
-    model, rng = RankerModel(RankerConfig(DIMENSION, trained_heads=HEADS)).eval(), np.random.default_rng(5)
+    model = RankerModel(RankerConfig(DIMENSION, trained_heads=HEADS)).eval()
     with torch.no_grad():
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in model.state_dict().items():
             if not name.endswith(("_mean", "_std")):
-                values = (rng.random(tuple(tensor.shape)) - 0.5) * 5 / max(1.0, tensor.shape[-1] ** 0.5)
+                # A stream of its own for each, and an attention that says something.
+                rng, scale = np.random.default_rng(list(name.encode())), 12 if name.startswith(("query", "key")) else 5
+                values = (rng.random(tuple(tensor.shape)) - 0.5) * scale / max(1.0, tensor.shape[-1] ** 0.5)
                 tensor.copy_(torch.from_numpy(values.astype(np.float32)))
     return model
 
@@ -72,7 +74,7 @@ def fixed_scores(
 ) -> dict[str, list[float]]:
     calibration = Calibration({"click": Platt(1.2, -0.3)}, "sampled")
     scorer = Scorer(model or fixed_model(), fixed_vectors(), catalog.column("categories"), calibration)
-    inputs = [input_of(state_of(1, 2, 3), 4, 5, 6, 7, 30, 999), input_of(state_of(), 8, 9, 10)]
+    inputs = [input_of(state_of(*range(1, 13)), 4, 5, 6, 7, 30, 999), input_of(state_of(), 8, 9, 10)]
     first, second = scorer.score(inputs, [np.full(DIMENSION, 0.25, np.float32), None])
     parts = {"click": (first.click, second.click), "conversion": (first.conversion, second.conversion)}
     parts |= {"value": (first.value, second.value), "score": (first.score, second.score)}
