@@ -25,7 +25,7 @@ from core.clock import ManualClock
 from core.settings import Settings, load_settings
 from features.vectors import RankerInput, ranker_input
 from headrace.v1.ranker_service_pb2 import RankCandidatesRequest
-from ranker.release import Release, UserJob, load_release
+from ranker.release import Release, UserJob, load_release, score_jobs
 from ranker.requests import jobs_of
 
 _CALLERS, _MANY_CALLERS = 8, 16
@@ -52,15 +52,20 @@ class Figures:
     model_p99_ms: float
     # One user: looking up the items and making the features.
     features_p50_ms: float
-    # Eight users at once, per user: what the service is compared with.
+    # Eight users at once, per user: the network alone, and with the features as the service makes them.
     model_8_users_p50_ms: float
+    bare_8_users_p50_ms: float
     service_p50_ms: float
     service_p99_ms: float
     service_8_callers_p50_ms: float
     service_8_callers_p99_ms: float
     service_8_callers_ms_per_request: float
-    # Time per request at 8 callers over the bare model's time per user in batches of 8.
+    # Time per request at 8 callers over the same work without a service (features and network, batches of 8); and over
+    # the network alone, whose inputs are then for free.
     overhead_ratio_8_callers: float
+    overhead_ratio_8_callers_network: float
+    form: str
+    max_wait_ms: float
     rps_batched: float
     rps_unbatched: float
     failed: int
@@ -68,12 +73,14 @@ class Figures:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rank", description=__doc__.split("\n")[0])
+    parser.add_argument("--max-wait-ms", type=float, help="ranker.max_wait_ms; else that of the settings")
     parser.add_argument("--quick", action="store_true", help="fewer calls; within a minute")
     parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     arguments = parser.parse_args()
-    plan = Plan(200, 4) if arguments.quick else Plan(2000, 20)
+    plan = Plan(200, 4) if arguments.quick else Plan(1000, 15)
     torch.set_num_threads(1)
-    settings = load_settings()
+    wait = {} if arguments.max_wait_ms is None else {"ranker": {"max_wait_ms": arguments.max_wait_ms}}
+    settings = load_settings(overrides=wait)
     shop = Shop(settings)
     with tempfile.TemporaryDirectory() as folder:
         registry = Path(folder)
@@ -100,15 +107,21 @@ def measure(registry: Path, requests: list[bytes], settings: Settings, plan: Pla
 
         return call
 
+    def whole(number: int) -> object:
+        start = number % (count - _CALLERS + 1)
+        return score_jobs(jobs[start : start + _CALLERS], settings)
+
     alone = _times(model(1), plan.model_calls)
     features = _times(lambda number: _input(jobs[number % count], release, settings), plan.model_calls)
     eight = percentile(_times(model(_CALLERS), plan.model_calls // 4), 50) / _CALLERS
-    with running_ranker(registry) as (target, _):
+    bare = percentile(_times(whole, plan.model_calls // 4), 50) / _CALLERS
+    wait = {"HEADRACE_RANKER__MAX_WAIT_MS": str(settings.ranker.max_wait_ms)}
+    with running_ranker(registry, **wait) as (target, _):
         _load(target, requests, 1, 1.0)
         one = _load(target, requests, 1, plan.seconds)
         many = _load(target, requests, _CALLERS, plan.seconds)
         batched = _load(target, requests, _MANY_CALLERS, plan.seconds)
-    with running_ranker(registry, HEADRACE_RANKER__MAX_BATCH_SIZE="1") as (target, _):
+    with running_ranker(registry, HEADRACE_RANKER__MAX_BATCH_SIZE="1", **wait) as (target, _):
         _load(target, requests, 1, 1.0)
         unbatched = _load(target, requests, _MANY_CALLERS, plan.seconds)
     per_request = 1000 / many.rps
@@ -120,12 +133,16 @@ def measure(registry: Path, requests: list[bytes], settings: Settings, plan: Pla
         model_p99_ms=percentile(alone, 99),
         features_p50_ms=percentile(features, 50),
         model_8_users_p50_ms=eight,
+        bare_8_users_p50_ms=bare,
         service_p50_ms=percentile(one.times_ms, 50),
         service_p99_ms=percentile(one.times_ms, 99),
         service_8_callers_p50_ms=percentile(many.times_ms, 50),
         service_8_callers_p99_ms=percentile(many.times_ms, 99),
         service_8_callers_ms_per_request=per_request,
-        overhead_ratio_8_callers=per_request / eight,
+        overhead_ratio_8_callers=per_request / bare,
+        overhead_ratio_8_callers_network=per_request / eight,
+        form=release.scorer.network.form,
+        max_wait_ms=settings.ranker.max_wait_ms,
         rps_batched=batched.rps,
         rps_unbatched=unbatched.rps,
         failed=one.failed + many.failed + batched.failed + unbatched.failed,
@@ -171,7 +188,7 @@ def _table(figures: Figures) -> Table:
     table.add_column("what")
     table.add_column("value", justify="right")
     for name, value in asdict(figures).items():
-        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
     return table
 
 

@@ -27,18 +27,22 @@ from core.grpc_runtime import channel
 from core.settings import Settings
 from devstack.ports import Ports
 from features import item_stats, windows
-from features.catalog import Floats
+from features.catalog import Catalog, Floats, Rows
 from features.item_stats import ItemPartial
 from features.transforms import stable_hash
-from features.vectors import SIGNATURE
+from features.vectors import SIGNATURE, ranker_input
 from features.windows import UserEvent, UserState
 from headrace.v1.events_pb2 import Item, ItemStats
 from headrace.v1.ranker_service_pb2 import RankCandidatesRequest, RankCandidatesResponse, UserCandidates
+from offline.export import write_form
 from ranker.calibration import Calibration, Platt, save_calibration
+from ranker.forms import ONNX
 from ranker.model import HEADS, RankerConfig, RankerModel, save_ranker
+from ranker.probe import Probe, save_probe
 
 T0_MS = 1_780_000_000_000
 ITEMS, CANDIDATES, HISTORY, USERS = 20_000, 500, 50, 64
+_PROBE_LISTS, _PROBE_ITEMS = 32, 1000
 _READY_SECONDS = 120
 _METHOD = "/headrace.v1.RankerService/RankCandidates"
 
@@ -54,6 +58,7 @@ class Shop:
         self._rng = np.random.default_rng(settings.offline.seed)
         self.items = [_item(number) for number in range(items)]
         self._stats = [_stats(number, settings) for number in range(items)]
+        self._forms: dict[int, tuple[bytes, ...]] = {}
         self.vectors = _unit(self._rng.normal(size=(items, self.dimension)))
 
     def publish(
@@ -67,6 +72,8 @@ class Shop:
         torch.manual_seed(seed)
         model = save_ranker(RankerModel(RankerConfig(self.dimension, trained_heads=HEADS)).eval(), staged)
         save_calibration(Calibration({"click": Platt()}, "sampled"), staged)
+        save_probe(self._probe(), self.dimension, staged)
+        self._put_form(staged, seed)
         if change is not None:
             change(staged)
         manifest = Manifest(
@@ -104,6 +111,28 @@ class Shop:
             source_bits=[1] * candidates,
             request_time=from_ms(T0_MS + 3_600_000),
         )
+
+    def _put_form(self, staged: Path, seed: int) -> None:
+        """The ONNX form, exported once a seed: that takes seconds."""
+        files = (names.RANKER_ONNX, names.RANKER_FORM)
+        if seed in self._forms:
+            for name, content in zip(files, self._forms[seed], strict=True):
+                (staged / name).write_bytes(content)
+            return
+        write_form(staged, ONNX, self._settings)
+        self._forms[seed] = tuple((staged / name).read_bytes() for name in files)
+
+    def _probe(self) -> Probe:
+        """Lists of the shop, as training would have kept some."""
+        catalog = Catalog(self._settings.features)
+        for item in self.items[:_PROBE_ITEMS]:
+            catalog.upsert(item)
+        rows: Rows = np.arange(CANDIDATES, dtype=np.int32)
+        scores, bits = np.linspace(1, 0, CANDIDATES, dtype=np.float32), np.ones(CANDIDATES, np.int32)
+        now_ms, features = T0_MS + 3_600_000, self._settings.features
+        states = [self.state() for _ in range(_PROBE_LISTS)]
+        inputs = [ranker_input(state, catalog, rows, scores, bits, now_ms, features) for state in states]
+        return Probe(inputs, [None] * _PROBE_LISTS, [(rows == 0).astype(np.float32)] * _PROBE_LISTS)
 
     def requests(self, count: int = USERS) -> list[bytes]:
         return [RankCandidatesRequest(users=[self.user()]).SerializeToString() for _ in range(count)]

@@ -211,7 +211,7 @@ class Swaps:
         ]
         name, change, after = faults[number % len(faults)]
         version = f"bad-{number:02}-{name}"
-        bundle = self._shop.publish(self._registry, version, seed=number, promote=False, change=change)
+        bundle = self._shop.publish(self._registry, version, seed=0, promote=False, change=change)
         if after is not None:
             after(bundle.path)
         return version
