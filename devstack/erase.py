@@ -20,7 +20,7 @@ from core.kafka import KafkaProducer, topic_sources
 from core.settings import Settings
 from core.topics import Topics, dead_letter
 from devstack.erase_files import Removed, rewrite_bundles, rewrite_log
-from devstack.letter_removal import may_name_user, names_user, remove_letters
+from devstack.letter_removal import may_name_user, remove_letters, users_of
 from devstack.letters import Letter, erasing_letters
 from devstack.retention import Retention, retention_of
 from features.definitions import USER_BATCH_SCORES, USER_EMBEDDING, USER_PROFILE, USER_STATE
@@ -251,16 +251,16 @@ def _wait_for_log(records: Sequence[Erasure], log_root: str, settings: Settings,
 def _remove_letters(settings: Settings, records: Sequence[Erasure], receipts: dict[str, Receipt]) -> None:
     """Those from before the tombstones, as positions tell."""
     erases = erasing_letters(settings, records)
+    messages = {topic: table.message for topic, table in tables_of(Topics(settings.kafka.topic_prefix)).items()}
     found: dict[str, tuple[str, str]] = {}
     may_name: dict[str, str] = {}
 
     def is_unwanted(letter: Letter) -> bool:
-        for user_id in receipts:
-            if names_user(letter, user_id) and erases(letter.letter, user_id):
+        for user_id in users_of(letter, messages) & receipts.keys():
+            if erases(letter.letter, user_id):
                 found[letter.position] = user_id, letter.position.partition("/")[0]
                 return True
-            if may_name_user(letter, user_id):
-                may_name[letter.position] = user_id
+        may_name.update((letter.position, user_id) for user_id in receipts if may_name_user(letter, user_id))
         return False
 
     problem = ""

@@ -7,14 +7,15 @@ read as one, and another run ends its work.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
+from google.protobuf.message import DecodeError, Message
 
-from core.codec import varint
 from core.errors import ConfigError, StageError
 from core.kafka import KafkaProducer, client_config
 from core.settings import KafkaSettings
@@ -113,18 +114,27 @@ def _cut(settings: KafkaSettings, cuts: dict[tuple[str, int], int]) -> None:
         ) from error
 
 
-def names_user(letter: Letter, user_id: str) -> bool:
-    """Whether a letter is about a user: by its key, or by a text in its value (JSON, protobuf) that is just the id."""
-    return letter.letter.key == user_id.encode() or any(text in letter.letter.value for text in _encodings(user_id))
+def users_of(letter: Letter, messages: Mapping[str, type[Message]]) -> set[str]:
+    """Whom a letter is about: its key, and the user of its value, as far as that can be read as what the topic holds.
+
+    Args:
+        letter: of a topic of users.
+        messages: what each topic holds.
+    """
+    raw, users = letter.letter, set[str]()
+    with suppress(UnicodeDecodeError):
+        users.add(raw.key.decode())
+    kind = messages.get(raw.topic)
+    if kind is not None:
+        with suppress(DecodeError):
+            users.add(getattr(kind.FromString(raw.value), "user_id", ""))
+    with suppress(ValueError):
+        content = json.loads(raw.value)
+        if isinstance(content, dict):
+            users.update(str(content.get(name, "")) for name in ("user_id", "userId"))
+    return users - {""}
 
 
 def may_name_user(letter: Letter, user_id: str) -> bool:
     """Whether the id stands anywhere in a letter, also as a part of something else."""
     return user_id.encode() in letter.letter.key + b"\0" + letter.letter.value
-
-
-def _encodings(text: str) -> Iterable[bytes]:
-    raw = text.encode()
-    yield varint(len(raw)) + raw
-    for ascii_only in (True, False):
-        yield json.dumps(text, ensure_ascii=ascii_only).encode()

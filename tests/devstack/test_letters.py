@@ -13,7 +13,7 @@ from core.settings import load_settings
 from core.topics import CONTENT_TYPE, JSON_CONTENT, Topics, dead_letter
 from devstack import letter_removal
 from devstack.cli import app
-from devstack.letter_removal import may_name_user, names_user, remove_letters
+from devstack.letter_removal import may_name_user, remove_letters, users_of
 from devstack.letters import BEGUN, NOTE, SENT_FROM, Choice, Letter, erased_letters, read_letters, read_to_end, redrive
 from devstack.topics import ensure_topics
 from features import windows
@@ -195,20 +195,26 @@ def test_the_embedded_broker_says_that_it_cannot_delete(embedded_kafka) -> None:
         remove_letters(kafka, lambda _: True)
 
 
+EVENT = Event(event_id="e", user_id="ada", item_id="eve")
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "names"),
+    ("key", "value", "users"),
     [
-        (b"ada", b"", True),
-        (b"", b'{"user_id": "ada"', True),
-        (b"", Event(event_id="e", user_id="ada").SerializeToString(), True),
-        (b"", b"an adamant text", False),
-        (b"adam", Event(event_id="e", user_id="adam").SerializeToString(), False),
+        (b"ada", b"\xff", {"ada"}),
+        (b"bob", EVENT.SerializeToString(), {"bob", "ada"}),
+        (b"", b'{"user_id": "ada", "item_id": 7}', {"ada"}),
+        (b"", b'{"userId": "ada"}', {"ada"}),
+        (b"\xff", b'{"user_id": "ada"', set()),
+        (b"", b'["ada"]', set()),
+        (b"", b"an adamant text", set()),
     ],
 )
-def test_a_letter_is_of_a_user_whose_id_it_holds_as_a_whole(key, value, names) -> None:
-    letter = Letter("events/0/0", DeadLetter(key=key, value=value))
-    assert names_user(letter, "ada") == names
+def test_a_letter_is_about_its_key_and_the_user_in_its_value(key, value, users) -> None:
+    letter = Letter("events/0/0", DeadLetter(key=key, value=value, topic="events"))
+    assert users_of(letter, {"events": Event}) == users
     assert may_name_user(letter, "ada")
+    assert not may_name_user(letter, "zoe")
 
 
 def test_the_commands(house, tmp_path) -> None:
