@@ -25,6 +25,7 @@ from candidate.sources import (
     NewSource,
     TrendingSource,
 )
+from candidate.stored_users import StoredUsers
 from core.clock import SystemClock
 from core.deadline import Deadline
 from core.grpc_runtime import GrpcServer
@@ -55,7 +56,8 @@ async def serve(settings: Settings, process: Process) -> None:
     retriever = Retriever(settings, make_sources(), SystemClock())
     server = GrpcServer(own.host, own.port, [SERVICE])
     shards = Shards(own) if len(own.shard_targets) > 1 else None
-    service = CandidateService(snapshots, retriever, executor, shards, encoding)
+    users = StoredUsers(settings)
+    service = CandidateService(snapshots, retriever, executor, shards, encoding, users)
     add_CandidateServiceServicer_to_server(service, server.aio)
     watcher: asyncio.Task[None] | None = None
     recall = RecallMonitor(
@@ -85,6 +87,7 @@ async def serve(settings: Settings, process: Process) -> None:
         await asyncio.to_thread(recall.stop)
         executor.close()
         encoding.close()
+        users.close()
         await asyncio.to_thread(snapshots.close)
 
 

@@ -4,7 +4,7 @@ Called by the retriever for a request's probes, with what that very request was 
 scores are exact, counted over all items, whatever the index approximates and the quotas cut off.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from candidate.merging import Merged, proposers
 from candidate.snapshot import Snapshot
 from candidate.sources import CandidateSource, Hits, Place, Query
 from headrace.v1.candidate_service_pb2 import CandidateProbe, CandidateProvenance
+
+CUT_OFF = "num_candidates: other candidates took their turn first"
 
 
 class Answered(NamedTuple):
@@ -59,15 +61,20 @@ def _decision(row: int, blocked_by: Sequence[str], places: Mapping[str, Place | 
     if blocked_by:
         return blocked_by[0]
     if any(row in hits.rows for hits in answered.hits.values()):
-        return "num_candidates: other candidates took their turn first"
-    reasons = [_reason(name, place, answered) for name, place in places.items() if place is not None]
+        return CUT_OFF
+    known = [CandidateProvenance(source=n, score=p.score, rank=p.rank) for n, p in places.items() if p is not None]
+    return beyond_quotas(known, answered.quotas, answered.missing)
+
+
+def beyond_quotas(places: Iterable[CandidateProvenance], quotas: Mapping[str, int], missing: Sequence[str]) -> str:
+    """Why no source proposed an item that passes the filter, from its places."""
+    reasons = [_reason(place.source, place.rank, quotas.get(place.source, 0), missing) for place in places]
     return "quota: " + ("; ".join(reasons) or "no source knows it for this user")
 
 
-def _reason(name: str, place: Place, answered: Answered) -> str:
-    quota = answered.quotas.get(name, 0)
-    if name in answered.missing:
-        return f"{name} has it at rank {place.rank}, but was late or failed"
-    if place.rank < quota:
-        return f"{name} has it at rank {place.rank} of its {quota}, but the approximate search missed it"
-    return f"{name} has it at rank {place.rank}, its quota is {quota}"
+def _reason(source: str, rank: int, quota: int, missing: Sequence[str]) -> str:
+    if source in missing:
+        return f"{source} has it at rank {rank}, but was late or failed"
+    if rank < quota:
+        return f"{source} has it at rank {rank} of its {quota}, but the approximate search missed it"
+    return f"{source} has it at rank {rank}, its quota is {quota}"

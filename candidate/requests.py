@@ -32,6 +32,8 @@ def check_retrieve(request: RetrieveCandidatesRequest) -> None:
             raise InvalidRequestError("source_quotas", f"no source {name[:64]!r}; there are {', '.join(SOURCES)}")
         if not 0 <= quota <= MAX_CANDIDATES:
             raise InvalidRequestError(f"source_quotas[{name}]", f"must be in 0..{MAX_CANDIDATES}")
+    if request.look_up and (request.state or request.embedding):
+        raise InvalidRequestError("look_up", "the request brings a state or an embedding itself; leave one of them out")
     if len(request.probe_item_ids) > MAX_PROBES:
         raise InvalidRequestError("probe_item_ids", f"at most {MAX_PROBES}")
 

@@ -76,6 +76,7 @@ class Retriever:
             embedding_version=snapshot.embedding_version,
             bundle_version=snapshot.manifest.bundle_version,
             encoded_on_the_spot=user.was_encoded,
+            state_revision=user.state.revision,
             missing_sources=missing,
             source_quotas=quotas,
         )

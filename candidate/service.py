@@ -15,6 +15,7 @@ from candidate.feed import Snapshots
 from candidate.requests import check_encode, check_retrieve
 from candidate.retriever import Retriever
 from candidate.shards import Shards, is_from_shard
+from candidate.stored_users import StoredUsers
 from core.codec import from_ms
 from core.errors import RecommenderError
 from core.grpc_runtime import request_deadline
@@ -38,11 +39,13 @@ class CandidateService(CandidateServiceServicer):
         executor: WorkExecutor,
         shards: Shards | None = None,
         encoding: WorkExecutor | None = None,
+        users: StoredUsers | None = None,
     ) -> None:
         """`encoding` runs EncodeUsers, whose batches nobody who waits for candidates should stand behind."""
         self._snapshots = snapshots
         self._retriever = retriever
         self._executor, self._encoding = executor, encoding or executor
+        self._users = users
         # Those that have the rest of the index, where it is spread.
         self._shards = shards
 
@@ -53,6 +56,8 @@ class CandidateService(CandidateServiceServicer):
             check_retrieve(request)
             snapshot = self._snapshots.current
             deadline = request_deadline(context, _RETRIEVE_MS)
+            if request.look_up and self._users is not None:
+                request = await self._users.fill(request, deadline)
 
             async def alone(part: pb.RetrieveCandidatesRequest) -> pb.RetrieveCandidatesResponse:
                 return await self._executor.run(deadline, lambda job: self._retriever.retrieve(part, snapshot, job))

@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 
 from candidate import metrics
+from candidate.explain import CUT_OFF, beyond_quotas
 from candidate.merging import merge, proposers, scaled_quotas
 from candidate.reply import fill_columns, fill_messages
 from candidate.requests import MAX_CANDIDATES
@@ -147,6 +148,7 @@ def combined(
         embedding_version=first.response.embedding_version,
         bundle_version=first.response.bundle_version,
         encoded_on_the_spot=first.response.encoded_on_the_spot,
+        state_revision=first.response.state_revision,
         missing_sources=first.response.missing_sources,
         missing_shards=missing,
         source_quotas=quotas,
@@ -157,7 +159,11 @@ def combined(
     answers = {answer.shard: answer.response for answer in (first, *others)}
     for place, item_id in enumerate(request.probe_item_ids):
         chosen = proposers(merged, row_of.get(item_id, -1))
-        response.probes.append(_probe(place, item_id, answers, chosen, shard.owner(item_id)))
+        found = _probe(place, item_id, answers, chosen, shard.owner(item_id))
+        # Its own shard proposed it; among all of them it is beyond every quota.
+        if found.decided_by == CUT_OFF and all(part.rank >= quotas.get(part.source, 0) for part in found.places):
+            found.decided_by = beyond_quotas(found.places, quotas, first.response.missing_sources)
+        response.probes.append(found)
     return response
 
 
@@ -188,5 +194,5 @@ def _probe(
     if chosen:
         probe.decided_by = f"source {chosen}"
     elif probe.decided_by.startswith("source "):
-        probe.decided_by = "num_candidates: other candidates took their turn first"
+        probe.decided_by = CUT_OFF
     return probe

@@ -21,6 +21,7 @@ from candidate.index import ItemIndex, save_index
 from candidate.retriever import Retriever
 from candidate.service import CandidateService
 from candidate.sources import CandidateSource
+from candidate.stored_users import StoredUsers
 from candidate.towers import save_towers
 from core import bundle as names
 from core.bundle import Manifest, ReleaseBundle, publish, staging_folder, write_delimited
@@ -226,13 +227,16 @@ async def service(
     """A service on a real port, without Kafka, on the bundle that its registry calls current."""
     snapshots = Snapshots(settings)
     server = GrpcServer("127.0.0.1", 0, [SERVICE])
-    served = CandidateService(snapshots, Retriever(settings, sources, SystemClock()), executor)
+    users = StoredUsers(settings)
+    retriever = Retriever(settings, sources, SystemClock())
+    served = CandidateService(snapshots, retriever, executor, users=users)
     add_CandidateServiceServicer_to_server(served, server.aio)
     await server.start()
     async with channel(f"127.0.0.1:{server.port}") as connection:
         yield Running(CandidateServiceStub(connection), snapshots, settings, executor)
     await server.stop(0)
     executor.close()
+    users.close()
 
 
 class Opener(Protocol):
@@ -243,6 +247,7 @@ class Opener(Protocol):
         registry: Path | None = None,
         executor: WorkExecutor | None = None,
         sources: Sequence[CandidateSource] | None = None,
+        redis_url: str = "",
         **candidate: Any,
     ) -> Running: ...
 
@@ -255,11 +260,13 @@ async def opener(music: World) -> AsyncIterator[Opener]:
             registry: Path | None = None,
             executor: WorkExecutor | None = None,
             sources: Sequence[CandidateSource] | None = None,
+            redis_url: str = "",
             **candidate: Any,
         ) -> Running:
             values = music.settings.model_dump()
             values["registry"]["path"] = registry or music.registry
             values["candidate"] |= candidate
+            values["redis"]["url"] = redis_url or "redis://127.0.0.1:1/0"
             settings = Settings(**values)
             return await stack.enter_async_context(
                 service(settings, executor or WorkExecutor(2, 16), sources or make_sources())

@@ -191,6 +191,8 @@ def test_replicas_learn_the_same_pairs_whenever_they_start(music: World, kafka: 
         candidates.append(Candidate(music.registry, variables))
         channels.append(blocking_channel(f"127.0.0.1:{candidates[1].port}"))
         until(candidates[1].ready, 60)
+        # Ready means that what was there is read.
+        assert "techno-19" in dict(found(channels[1]))
         # The topics have no order between them: the one that was there early may hear the rest a moment later.
         until(lambda: found(channels[0]) == found(channels[1]), 10)
         assert found(channels[1]) != before

@@ -1,12 +1,18 @@
 """Merging: each item once, nobody beyond the limit, each source its share."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from candidate.bootstrap import make_sources
 from candidate.merging import merge, scaled_quotas
 from candidate.sources import Hits
+from core.errors import ConfigError
+from core.settings import SourceName, load_settings
+from features.vectors import SOURCES
 
 NAMES = ("ann", "item_to_item", "co_visitation", "trending", "new")
 
@@ -77,3 +83,26 @@ def test_scaled_quotas_can_fill_what_is_wanted(quotas: dict[str, int], running: 
         assert sum(scaled.values()) >= wanted or max(scaled.values()) == wanted
     assert all(scaled[name] == 0 for name in running if not quotas.get(name, 0))
     assert all(quota <= wanted for quota in scaled.values())
+
+
+def test_settings_know_the_very_sources_that_there_are() -> None:
+    """Batch scores are serving's."""
+    assert [source.name for source in make_sources()] == list(get_args(SourceName))
+    assert {*get_args(SourceName), "batch"} == set(SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quotas": {"magic": 3}}, "quotas.magic"),
+        ({"quotas": {"ann": -1}}, "quotas.ann"),
+        ({"quotas": {"ann": 2001}}, "quotas.ann"),
+        ({"quotas": dict.fromkeys(get_args(SourceName), 0)}, "at least one source"),
+        ({"source_budget_ms": {"ann": 0}}, "source_budget_ms.ann"),
+        ({"co_visitation": {"window_seconds": 0}}, "co_visitation.window_seconds"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_quotas_and_budgets_that_cannot_be_are_refused_by_name(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_settings(None, {"candidate": change})

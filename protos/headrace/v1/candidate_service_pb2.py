@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#headrace/v1/candidate_service.proto\x12\x0bheadrace.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17headrace/v1/types.proto\"\xc3\x03\n\x19RetrieveCandidatesRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tembedding\x18\x02 \x03(\x02\x12\x19\n\x11\x65mbedding_version\x18\x03 \x01(\t\x12\x1a\n\x12\x65mbedding_revision\x18\x04 \x01(\x03\x12\r\n\x05state\x18\x05 \x01(\x0c\x12\x16\n\x0enum_candidates\x18\x06 \x01(\x05\x12\'\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x17.headrace.v1.ItemFilter\x12\x14\n\x0c\x65xclude_seen\x18\x08 \x01(\x08\x12O\n\rsource_quotas\x18\t \x03(\x0b\x32\x38.headrace.v1.RetrieveCandidatesRequest.SourceQuotasEntry\x12%\n\x07\x63ontext\x18\n \x01(\x0b\x32\x14.headrace.v1.Context\x12\x16\n\x0eprobe_item_ids\x18\x0b \x03(\t\x12\x0f\n\x07segment\x18\x0c \x01(\t\x12\x0f\n\x07\x63olumns\x18\r \x01(\x08\x1a\x33\n\x11SourceQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"a\n\tCandidate\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x34\n\nprovenance\x18\x03 \x03(\x0b\x32 .headrace.v1.CandidateProvenance\"B\n\x13\x43\x61ndidateProvenance\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"T\n\x0fSourceProposals\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\ncandidates\x18\x02 \x03(\x05\x12\x0e\n\x06scores\x18\x03 \x03(\x02\x12\r\n\x05ranks\x18\x04 \x03(\x05\"\xe7\x03\n\x1aRetrieveCandidatesResponse\x12*\n\ncandidates\x18\x01 \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\x15\n\rindex_version\x18\x02 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x03 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x04 \x01(\t\x12\x1b\n\x13\x65ncoded_on_the_spot\x18\x05 \x01(\x08\x12\x17\n\x0fmissing_sources\x18\x06 \x03(\t\x12+\n\x06probes\x18\x07 \x03(\x0b\x32\x1b.headrace.v1.CandidateProbe\x12\x10\n\x08item_ids\x18\x08 \x03(\t\x12\x0e\n\x06scores\x18\t \x03(\x02\x12/\n\tproposals\x18\n \x03(\x0b\x32\x1c.headrace.v1.SourceProposals\x12\x16\n\x0emissing_shards\x18\x0b \x03(\t\x12P\n\rsource_quotas\x18\x0c \x03(\x0b\x32\x39.headrace.v1.RetrieveCandidatesResponse.SourceQuotasEntry\x1a\x33\n\x11SourceQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xdc\x01\n\x0e\x43\x61ndidateProbe\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\x08\x12\x17\n\nexact_rank\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0b\x65xact_score\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\ndecided_by\x18\x05 \x01(\t\x12\x12\n\nblocked_by\x18\x06 \x03(\t\x12\x30\n\x06places\x18\x07 \x03(\x0b\x32 .headrace.v1.CandidateProvenanceB\r\n\x0b_exact_rankB\x0e\n\x0c_exact_score\">\n\x12\x45ncodeUsersRequest\x12(\n\x05users\x18\x01 \x03(\x0b\x32\x19.headrace.v1.UserToEncode\".\n\x0cUserToEncode\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\"Y\n\x13\x45ncodeUsersResponse\x12\'\n\x05users\x18\x01 \x03(\x0b\x32\x18.headrace.v1.EncodedUser\x12\x19\n\x11\x65mbedding_version\x18\x02 \x01(\t\"C\n\x0b\x45ncodedUser\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tembedding\x18\x02 \x03(\x02\x12\x10\n\x08revision\x18\x03 \x01(\x03\"\x15\n\x13GetIndexInfoRequest\"\x83\x02\n\x14GetIndexInfoResponse\x12\x16\n\x0e\x62undle_version\x18\x01 \x01(\t\x12\x15\n\rindex_version\x18\x02 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x03 \x01(\t\x12\x17\n\x0fmain_item_count\x18\x04 \x01(\x03\x12\x18\n\x10\x64\x65lta_item_count\x18\x05 \x01(\x03\x12\x17\n\x0ftombstone_count\x18\x06 \x01(\x03\x12\x11\n\tdimension\x18\x07 \x01(\x05\x12\x12\n\nindex_kind\x18\x08 \x01(\t\x12.\n\nbuild_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xa0\x02\n\x10\x43\x61ndidateService\x12\x65\n\x12RetrieveCandidates\x12&.headrace.v1.RetrieveCandidatesRequest\x1a\'.headrace.v1.RetrieveCandidatesResponse\x12P\n\x0b\x45ncodeUsers\x12\x1f.headrace.v1.EncodeUsersRequest\x1a .headrace.v1.EncodeUsersResponse\x12S\n\x0cGetIndexInfo\x12 .headrace.v1.GetIndexInfoRequest\x1a!.headrace.v1.GetIndexInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#headrace/v1/candidate_service.proto\x12\x0bheadrace.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17headrace/v1/types.proto\"\xd4\x03\n\x19RetrieveCandidatesRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tembedding\x18\x02 \x03(\x02\x12\x19\n\x11\x65mbedding_version\x18\x03 \x01(\t\x12\x1a\n\x12\x65mbedding_revision\x18\x04 \x01(\x03\x12\r\n\x05state\x18\x05 \x01(\x0c\x12\x16\n\x0enum_candidates\x18\x06 \x01(\x05\x12\'\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x17.headrace.v1.ItemFilter\x12\x14\n\x0c\x65xclude_seen\x18\x08 \x01(\x08\x12O\n\rsource_quotas\x18\t \x03(\x0b\x32\x38.headrace.v1.RetrieveCandidatesRequest.SourceQuotasEntry\x12%\n\x07\x63ontext\x18\n \x01(\x0b\x32\x14.headrace.v1.Context\x12\x16\n\x0eprobe_item_ids\x18\x0b \x03(\t\x12\x0f\n\x07segment\x18\x0c \x01(\t\x12\x0f\n\x07\x63olumns\x18\r \x01(\x08\x12\x0f\n\x07look_up\x18\x0e \x01(\x08\x1a\x33\n\x11SourceQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"a\n\tCandidate\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x34\n\nprovenance\x18\x03 \x03(\x0b\x32 .headrace.v1.CandidateProvenance\"B\n\x13\x43\x61ndidateProvenance\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"T\n\x0fSourceProposals\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\ncandidates\x18\x02 \x03(\x05\x12\x0e\n\x06scores\x18\x03 \x03(\x02\x12\r\n\x05ranks\x18\x04 \x03(\x05\"\xff\x03\n\x1aRetrieveCandidatesResponse\x12*\n\ncandidates\x18\x01 \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\x15\n\rindex_version\x18\x02 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x03 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x04 \x01(\t\x12\x1b\n\x13\x65ncoded_on_the_spot\x18\x05 \x01(\x08\x12\x17\n\x0fmissing_sources\x18\x06 \x03(\t\x12+\n\x06probes\x18\x07 \x03(\x0b\x32\x1b.headrace.v1.CandidateProbe\x12\x10\n\x08item_ids\x18\x08 \x03(\t\x12\x0e\n\x06scores\x18\t \x03(\x02\x12/\n\tproposals\x18\n \x03(\x0b\x32\x1c.headrace.v1.SourceProposals\x12\x16\n\x0emissing_shards\x18\x0b \x03(\t\x12P\n\rsource_quotas\x18\x0c \x03(\x0b\x32\x39.headrace.v1.RetrieveCandidatesResponse.SourceQuotasEntry\x12\x16\n\x0estate_revision\x18\r \x01(\x03\x1a\x33\n\x11SourceQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xdc\x01\n\x0e\x43\x61ndidateProbe\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\x08\x12\x17\n\nexact_rank\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0b\x65xact_score\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\ndecided_by\x18\x05 \x01(\t\x12\x12\n\nblocked_by\x18\x06 \x03(\t\x12\x30\n\x06places\x18\x07 \x03(\x0b\x32 .headrace.v1.CandidateProvenanceB\r\n\x0b_exact_rankB\x0e\n\x0c_exact_score\">\n\x12\x45ncodeUsersRequest\x12(\n\x05users\x18\x01 \x03(\x0b\x32\x19.headrace.v1.UserToEncode\".\n\x0cUserToEncode\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\"Y\n\x13\x45ncodeUsersResponse\x12\'\n\x05users\x18\x01 \x03(\x0b\x32\x18.headrace.v1.EncodedUser\x12\x19\n\x11\x65mbedding_version\x18\x02 \x01(\t\"C\n\x0b\x45ncodedUser\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tembedding\x18\x02 \x03(\x02\x12\x10\n\x08revision\x18\x03 \x01(\x03\"\x15\n\x13GetIndexInfoRequest\"\x83\x02\n\x14GetIndexInfoResponse\x12\x16\n\x0e\x62undle_version\x18\x01 \x01(\t\x12\x15\n\rindex_version\x18\x02 \x01(\t\x12\x19\n\x11\x65mbedding_version\x18\x03 \x01(\t\x12\x17\n\x0fmain_item_count\x18\x04 \x01(\x03\x12\x18\n\x10\x64\x65lta_item_count\x18\x05 \x01(\x03\x12\x17\n\x0ftombstone_count\x18\x06 \x01(\x03\x12\x11\n\tdimension\x18\x07 \x01(\x05\x12\x12\n\nindex_kind\x18\x08 \x01(\t\x12.\n\nbuild_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xa0\x02\n\x10\x43\x61ndidateService\x12\x65\n\x12RetrieveCandidates\x12&.headrace.v1.RetrieveCandidatesRequest\x1a\'.headrace.v1.RetrieveCandidatesResponse\x12P\n\x0b\x45ncodeUsers\x12\x1f.headrace.v1.EncodeUsersRequest\x1a .headrace.v1.EncodeUsersResponse\x12S\n\x0cGetIndexInfo\x12 .headrace.v1.GetIndexInfoRequest\x1a!.headrace.v1.GetIndexInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RETRIEVECANDIDATESRESPONSE_SOURCEQUOTASENTRY']._loaded_options = None
   _globals['_RETRIEVECANDIDATESRESPONSE_SOURCEQUOTASENTRY']._serialized_options = b'8\001'
   _globals['_RETRIEVECANDIDATESREQUEST']._serialized_start=111
-  _globals['_RETRIEVECANDIDATESREQUEST']._serialized_end=562
-  _globals['_RETRIEVECANDIDATESREQUEST_SOURCEQUOTASENTRY']._serialized_start=511
-  _globals['_RETRIEVECANDIDATESREQUEST_SOURCEQUOTASENTRY']._serialized_end=562
-  _globals['_CANDIDATE']._serialized_start=564
-  _globals['_CANDIDATE']._serialized_end=661
-  _globals['_CANDIDATEPROVENANCE']._serialized_start=663
-  _globals['_CANDIDATEPROVENANCE']._serialized_end=729
-  _globals['_SOURCEPROPOSALS']._serialized_start=731
-  _globals['_SOURCEPROPOSALS']._serialized_end=815
-  _globals['_RETRIEVECANDIDATESRESPONSE']._serialized_start=818
-  _globals['_RETRIEVECANDIDATESRESPONSE']._serialized_end=1305
-  _globals['_RETRIEVECANDIDATESRESPONSE_SOURCEQUOTASENTRY']._serialized_start=511
-  _globals['_RETRIEVECANDIDATESRESPONSE_SOURCEQUOTASENTRY']._serialized_end=562
-  _globals['_CANDIDATEPROBE']._serialized_start=1308
-  _globals['_CANDIDATEPROBE']._serialized_end=1528
-  _globals['_ENCODEUSERSREQUEST']._serialized_start=1530
-  _globals['_ENCODEUSERSREQUEST']._serialized_end=1592
-  _globals['_USERTOENCODE']._serialized_start=1594
-  _globals['_USERTOENCODE']._serialized_end=1640
-  _globals['_ENCODEUSERSRESPONSE']._serialized_start=1642
-  _globals['_ENCODEUSERSRESPONSE']._serialized_end=1731
-  _globals['_ENCODEDUSER']._serialized_start=1733
-  _globals['_ENCODEDUSER']._serialized_end=1800
-  _globals['_GETINDEXINFOREQUEST']._serialized_start=1802
-  _globals['_GETINDEXINFOREQUEST']._serialized_end=1823
-  _globals['_GETINDEXINFORESPONSE']._serialized_start=1826
-  _globals['_GETINDEXINFORESPONSE']._serialized_end=2085
-  _globals['_CANDIDATESERVICE']._serialized_start=2088
-  _globals['_CANDIDATESERVICE']._serialized_end=2376
+  _globals['_RETRIEVECANDIDATESREQUEST']._serialized_end=579
+  _globals['_RETRIEVECANDIDATESREQUEST_SOURCEQUOTASENTRY']._serialized_start=528
+  _globals['_RETRIEVECANDIDATESREQUEST_SOURCEQUOTASENTRY']._serialized_end=579
+  _globals['_CANDIDATE']._serialized_start=581
+  _globals['_CANDIDATE']._serialized_end=678
+  _globals['_CANDIDATEPROVENANCE']._serialized_start=680
+  _globals['_CANDIDATEPROVENANCE']._serialized_end=746
+  _globals['_SOURCEPROPOSALS']._serialized_start=748
+  _globals['_SOURCEPROPOSALS']._serialized_end=832
+  _globals['_RETRIEVECANDIDATESRESPONSE']._serialized_start=835
+  _globals['_RETRIEVECANDIDATESRESPONSE']._serialized_end=1346
+  _globals['_RETRIEVECANDIDATESRESPONSE_SOURCEQUOTASENTRY']._serialized_start=528
+  _globals['_RETRIEVECANDIDATESRESPONSE_SOURCEQUOTASENTRY']._serialized_end=579
+  _globals['_CANDIDATEPROBE']._serialized_start=1349
+  _globals['_CANDIDATEPROBE']._serialized_end=1569
+  _globals['_ENCODEUSERSREQUEST']._serialized_start=1571
+  _globals['_ENCODEUSERSREQUEST']._serialized_end=1633
+  _globals['_USERTOENCODE']._serialized_start=1635
+  _globals['_USERTOENCODE']._serialized_end=1681
+  _globals['_ENCODEUSERSRESPONSE']._serialized_start=1683
+  _globals['_ENCODEUSERSRESPONSE']._serialized_end=1772
+  _globals['_ENCODEDUSER']._serialized_start=1774
+  _globals['_ENCODEDUSER']._serialized_end=1841
+  _globals['_GETINDEXINFOREQUEST']._serialized_start=1843
+  _globals['_GETINDEXINFOREQUEST']._serialized_end=1864
+  _globals['_GETINDEXINFORESPONSE']._serialized_start=1867
+  _globals['_GETINDEXINFORESPONSE']._serialized_end=2126
+  _globals['_CANDIDATESERVICE']._serialized_start=2129
+  _globals['_CANDIDATESERVICE']._serialized_end=2417
 # @@protoc_insertion_point(module_scope)

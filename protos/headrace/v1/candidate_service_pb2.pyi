@@ -57,6 +57,7 @@ class RetrieveCandidatesRequest(_message.Message):
     PROBE_ITEM_IDS_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
+    LOOK_UP_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     embedding_version: _builtins.str
     embedding_revision: _builtins.int
@@ -70,6 +71,10 @@ class RetrieveCandidatesRequest(_message.Message):
     columns: _builtins.bool
     """Answer in columns (`item_ids`, `scores`, `proposals`) instead of `candidates`: the same in a fraction of the time,
     for callers that read hundreds of candidates many times a second.
+    """
+    look_up: _builtins.bool
+    """Take state and vector from the online store, by user_id: for callers that have neither at hand. UNAVAILABLE where
+    the store does not answer; a user that it does not know is one without history.
     """
     @_builtins.property
     def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -105,10 +110,11 @@ class RetrieveCandidatesRequest(_message.Message):
         probe_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         segment: _builtins.str = ...,
         columns: _builtins.bool = ...,
+        look_up: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "context", b"context", "embedding", b"embedding", "embedding_revision", b"embedding_revision", "embedding_version", b"embedding_version", "exclude_seen", b"exclude_seen", "filter", b"filter", "num_candidates", b"num_candidates", "probe_item_ids", b"probe_item_ids", "segment", b"segment", "source_quotas", b"source_quotas", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "context", b"context", "embedding", b"embedding", "embedding_revision", b"embedding_revision", "embedding_version", b"embedding_version", "exclude_seen", b"exclude_seen", "filter", b"filter", "look_up", b"look_up", "num_candidates", b"num_candidates", "probe_item_ids", b"probe_item_ids", "segment", b"segment", "source_quotas", b"source_quotas", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -241,11 +247,14 @@ class RetrieveCandidatesResponse(_message.Message):
     PROPOSALS_FIELD_NUMBER: _builtins.int
     MISSING_SHARDS_FIELD_NUMBER: _builtins.int
     SOURCE_QUOTAS_FIELD_NUMBER: _builtins.int
+    STATE_REVISION_FIELD_NUMBER: _builtins.int
     index_version: _builtins.str
     embedding_version: _builtins.str
     bundle_version: _builtins.str
     encoded_on_the_spot: _builtins.bool
     """True where the user was encoded from `state` during this call."""
+    state_revision: _builtins.int
+    """Revision of the state that was answered from, 0 = none."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """Best first. Empty where the request asks for columns."""
@@ -289,10 +298,11 @@ class RetrieveCandidatesResponse(_message.Message):
         proposals: _abc.Iterable[Global___SourceProposals] | None = ...,
         missing_shards: _abc.Iterable[_builtins.str] | None = ...,
         source_quotas: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        state_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "candidates", b"candidates", "embedding_version", b"embedding_version", "encoded_on_the_spot", b"encoded_on_the_spot", "index_version", b"index_version", "item_ids", b"item_ids", "missing_shards", b"missing_shards", "missing_sources", b"missing_sources", "probes", b"probes", "proposals", b"proposals", "scores", b"scores", "source_quotas", b"source_quotas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "candidates", b"candidates", "embedding_version", b"embedding_version", "encoded_on_the_spot", b"encoded_on_the_spot", "index_version", b"index_version", "item_ids", b"item_ids", "missing_shards", b"missing_shards", "missing_sources", b"missing_sources", "probes", b"probes", "proposals", b"proposals", "scores", b"scores", "source_quotas", b"source_quotas", "state_revision", b"state_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
