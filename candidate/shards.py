@@ -160,8 +160,9 @@ def combined(
     for place, item_id in enumerate(request.probe_item_ids):
         chosen = proposers(merged, row_of.get(item_id, -1))
         found = _probe(place, item_id, answers, chosen, shard.owner(item_id))
-        # Its own shard proposed it; among all of them it is beyond every quota.
-        if found.decided_by == CUT_OFF and all(part.rank >= quotas.get(part.source, 0) for part in found.places):
+        # Its own shard proposed it; among the items of all shards it may be beyond every quota.
+        within = [part for part in found.places if part.rank < quotas.get(part.source, 0)]
+        if found.decided_by == CUT_OFF and found.places and not within:
             found.decided_by = beyond_quotas(found.places, quotas, first.response.missing_sources)
         response.probes.append(found)
     return response
