@@ -135,8 +135,9 @@ def _row(one: ClickedList, known: Signals) -> Row:
     labels[one.clicked, CLICK] = 1.0
     labels[:, VALUE] = np.nan
     unknown = np.full(count, -1, np.int32)
-    # The position is an input here (the list's own score), not a bias to be taken out.
-    return Row(shown=True, features=known.features, user_vector=None, labels=labels, positions=unknown, missed_count=0)
+    # The position is an input here (the list's own score), not a bias to be taken out, hence no list that was shown:
+    # calibration then reads all candidates.
+    return Row(shown=False, features=known.features, user_vector=None, labels=labels, positions=unknown, missed_count=0)
 
 
 def _interval(differences: npt.NDArray[Any]) -> tuple[float, float]:
