@@ -120,9 +120,10 @@ class BlendReplay:
         from_batch = np.array([row for row in scores if known[row] and row not in seen], np.int32)
         rows = np.unique(np.concatenate((pool.rows.astype(np.int32), from_batch)))
         place = {row: at for at, row in enumerate(pool.rows.tolist())}
-        at = np.array([place.get(row, -1) for row in rows.tolist()])
-        retrieval = np.where(at >= 0, pool.scores[at], 0.0).astype(np.float32)
-        bits = np.where(at >= 0, pool.source_bits[at], 0).astype(np.int32)
+        # -1, what the pool does not have, is the appended zero.
+        at = np.array([place.get(row, -1) for row in rows.tolist()], np.intp)
+        retrieval = np.append(pool.scores, 0.0).astype(np.float32)[at]
+        bits = np.append(pool.source_bits, 0).astype(np.int32)[at]
         asked = pool._replace(rows=rows, scores=retrieval, source_bits=bits)
         (ranked,) = self._models.rank([state], catalog, [asked], now_ms)
         features = self._settings.features
