@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ingest import WORKER, post, train_serving_bundle
+from benchmarks.ingest import WORKER, post, train_serving_bundle, wait_for_vectors
 from benchmarks.plain_load import PlainConfig, paced, plain_events
 from benchmarks.stream_cluster import Cluster, running_cluster
 from core.errors import RecommenderError
@@ -109,7 +109,7 @@ def run(plan: Plan, home: Path) -> dict[str, Any]:
 
 
 def _measure(cluster: Cluster, plan: Plan, name: str, per_second: int, probe_every: int) -> dict[str, float]:
-    _wait_for_vectors(cluster)
+    wait_for_vectors(cluster)
     view, column = (USER_STATE, "revision") if name == "state" else (USER_EMBEDDING, "embedding_revision")
     count = plan.seconds * per_second
     events = plain_events(
@@ -131,11 +131,6 @@ def _measure(cluster: Cluster, plan: Plan, name: str, per_second: int, probe_eve
     warm = plan.warm_up_seconds * per_second
     waits = [ms for user_id, ms in probes.waits_ms.items() if int(user_id.rpartition("-")[2]) >= warm]
     return _quantiles(waits)
-
-
-def _wait_for_vectors(cluster: Cluster) -> None:
-    while cluster.metrics(WORKER)["headrace_streams_dirty_users"]:
-        time.sleep(0.2)
 
 
 def _quantiles(waits_ms: Sequence[float]) -> dict[str, float]:

@@ -43,6 +43,8 @@ _DIRTY_PER_SECOND = 1000
 _SETTLE_SECONDS = 600.0
 # A worker with nothing to do needs about 2% of a core.
 _IDLE_SECONDS, _IDLE_SHARE = 1.0, 0.1
+# While a sweep goes on, somebody is found within this time.
+_SWEPT_SECONDS = 3.0
 # The towers that serve: the default architecture; how well they are trained does not change what they cost.
 _SIMULATED = SimulatorConfig(users=100, items=300, seed=7, end_time_ms=1_780_000_000_000)
 _TRAINING = {"offline": {"max_epochs": 1, "ranker_epochs": 1, "ranker_max_rows": 1000, "batch_scores_per_user": 5}}
@@ -102,14 +104,11 @@ def train_serving_bundle(home: Path) -> None:
 
 
 def run(plan: Plan, home: Path) -> dict[str, Any]:
-    say("training a small bundle")
-    train_serving_bundle(home)
-    load = load_settings().streams
+    interval_ms = load_settings().streams.event_log_interval_ms
     with (
-        running_cluster(home, ("candidate", WORKER), event_log_interval_ms=load.event_log_interval_ms) as cluster,
+        running_cluster(home / "cost", (WORKER,), event_log_interval_ms=interval_ms) as cluster,
         closing(cluster.store()) as store,
     ):
-        cluster.stop("candidate")
         rounds = [
             [
                 _cost(cluster, store, PlainConfig(plan.events, plan.users, zipf, name=f"{name}-{number}", seed=number))
@@ -121,9 +120,14 @@ def run(plan: Plan, home: Path) -> dict[str, Any]:
         warm = _cost(cluster, store, PlainConfig(plan.events, plan.users, _ZIPF, name="warm"), fresh=False)
         cluster.stop(WORKER)
         bare = {which: _bare(cluster, which, plan.events) for which in ("faust", "batch")}
-        cluster.start("candidate")
-        cluster.start(WORKER)
-        dirty = _dirty(cluster, plan)
+    say("training a small bundle")
+    train_serving_bundle(home / "embeddings")
+    # Of its own: the users of all loads before would wait for their vectors, too.
+    with (
+        running_cluster(home / "embeddings", ("candidate", WORKER), event_log_interval_ms=interval_ms) as cluster,
+        closing(cluster.store()) as store,
+    ):
+        dirty = _dirty(cluster, store, plan)
     return {
         "cpu_us_per_event": round(zipf.worker_us, 1),
         "uniform_cpu_us_per_event": round(uniform.worker_us, 1),
@@ -174,6 +178,19 @@ def _cost(cluster: Cluster, store: OnlineStore, config: PlainConfig, *, fresh: b
     return Cost(worker, redis, kafka, config.events / seconds)
 
 
+def wait_for_vectors(cluster: Cluster) -> None:
+    """Returns when nobody waits for a vector and no sweep finds anybody, which it does a few users at a time."""
+    seen = -1.0
+    while True:
+        metrics = cluster.metrics(WORKER)
+        encoded = metrics.get(_ENCODED, 0.0)
+        if encoded == seen and not metrics["headrace_streams_dirty_users"]:
+            return
+        seen = encoded
+        time.sleep(_SWEPT_SECONDS)
+
+
+_ENCODED = "headrace_streams_users_encoded_total"
 _LOGGED, _OLDEST_DIRTY = "headrace_streams_event_log_rows_total", "headrace_streams_oldest_dirty_ms"
 
 
@@ -190,17 +207,16 @@ def _bare(cluster: Cluster, which: str, events: int) -> dict[str, float]:
     return rates
 
 
-def _dirty(cluster: Cluster, plan: Plan) -> list[Waits]:
+def _dirty(cluster: Cluster, store: OnlineStore, plan: Plan) -> list[Waits]:
     """How long the longest waiting user has waited, in each window of a steady load."""
-    for name in ("candidate", WORKER):
-        cluster.wait_ready(name)
-    say("waiting for the vectors of the loads before")
-    while cluster.metrics(WORKER)["headrace_streams_dirty_users"]:
-        time.sleep(0.5)
+    cluster.wait_ready("candidate")
+    _cost(cluster, store, PlainConfig(plan.events, plan.users, _ZIPF), fresh=False)
+    say("waiting for their vectors")
+    wait_for_vectors(cluster)
     say(f"{_DIRTY_PER_SECOND:,} events/s for {plan.embedding_seconds} s, embeddings on")
     count = (plan.warm_up_seconds + plan.embedding_seconds) * _DIRTY_PER_SECOND
-    # Users of a load before: a history that is just filling costs more to encode from second to second.
-    config = PlainConfig(count, plan.users, _ZIPF, name="zipf-0", seed=plan.rounds)
+    # The same users: a history that is just filling costs more to encode from second to second.
+    config = PlainConfig(count, plan.users, _ZIPF, seed=plan.rounds)
     events = plain_events(config, int(time.time() * 1000), 1000 / _DIRTY_PER_SECOND)
     producer = KafkaProducer(cluster.settings.kafka)
     sender = threading.Thread(
