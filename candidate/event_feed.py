@@ -15,6 +15,10 @@ from features.windows import Position, as_user_event
 from headrace.v1.events_pb2 import Event, Feedback
 
 
+# Pairs are learnt from thousands of events; no request waits for the newest.
+_GATHER_MS = 250
+
+
 class EventFeed(TopicFeed):
     """The events and feedback topics."""
 
@@ -25,7 +29,7 @@ class EventFeed(TopicFeed):
         self._kafka = settings.kafka
         # Identity of each topic; known once the broker was asked.
         self._sources: dict[str, int] = {}
-        super().__init__(settings.kafka, self._followed, self.resume, metrics.count_malformed)
+        super().__init__(settings.kafka, self._followed, self.resume, metrics.count_malformed, gather_ms=_GATHER_MS)
 
     def resume(self) -> StartOffsets:
         """Where to begin. A topic that was made anew is another source, of which nothing is included."""

@@ -26,6 +26,7 @@ class TopicFeed(ABC):
         start_offsets: where to begin, or a function that says it once Kafka answers.
         on_malformed: told the topic of each message that was left out.
         clock: tells how long Kafka has been silent.
+        gather_ms: as of TopicFollower.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class TopicFeed(ABC):
         start_offsets: StartOffsets | Callable[[], StartOffsets],
         on_malformed: Callable[[str], None],
         clock: Clock | None = None,
+        gather_ms: int = 0,
     ) -> None:
         self._on_malformed = on_malformed
-        self._follower = TopicFollower(settings, topics, self.apply, start_offsets)
+        self._follower = TopicFollower(settings, topics, self.apply, start_offsets, gather_ms=gather_ms)
         self._clock = clock or SystemClock()
         self._heard_at = self._clock.monotonic()
 

@@ -183,6 +183,10 @@ class Record:
 StartOffsets = Mapping[tuple[str, int], int]
 
 
+# A follower that gathers takes what is there when it is so much: while it catches up, it does not wait.
+_GATHER_BYTES = 100_000
+
+
 class TopicFollower:
     """Reads every partition of some topics, from the start, given offsets or the end, for as long as it lives.
 
@@ -199,9 +203,15 @@ class TopicFollower:
         start_offsets: StartOffsets | Callable[[], StartOffsets] | None = None,
         *,
         from_end: bool = False,
+        gather_ms: int = 0,
     ) -> None:
-        """`start_offsets` may be a function, asked once Kafka answers (StageError: it is asked again)."""
+        """`start_offsets` may be a function, asked once Kafka answers (StageError: it is asked again).
+
+        With `gather_ms`, records may come so much later, together: a fetch for each of a thousand events a second costs
+        the broker half a core.
+        """
         self._from_end = from_end
+        self._gather_ms = gather_ms
         self._settings = settings
         self._topics = tuple(topics)
         self._on_records = on_records
@@ -229,7 +239,7 @@ class TopicFollower:
                     "group.id": "headrace-follower",  # required by the client, never joined nor committed
                     "enable.auto.commit": False,
                     "auto.offset.reset": "earliest",
-                    "fetch.wait.max.ms": self._settings.fetch_wait_max_ms,
+                    **self._fetching(),
                 }
             )
             try:
@@ -239,6 +249,12 @@ class TopicFollower:
                 self._stopping.wait(0.5)
             finally:
                 consumer.close()
+
+    def _fetching(self) -> dict[str, int]:
+        wait_ms = self._settings.fetch_wait_max_ms
+        if not self._gather_ms:
+            return {"fetch.wait.max.ms": wait_ms}
+        return {"fetch.wait.max.ms": min(self._gather_ms, wait_ms), "fetch.min.bytes": _GATHER_BYTES}
 
     def _tell(self, problem: str) -> None:
         """One line a problem, however long it lasts."""

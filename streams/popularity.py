@@ -27,6 +27,8 @@ _log = get_logger("streams.popularity")
 ALL = "all"
 # About half a millisecond's work, and a longer pause.
 _SIP_ROWS, _SIP_PAUSE_SECONDS = 30, 0.002
+# The list is written once a second: no record is needed at once.
+_GATHER_MS = 250
 
 
 class PopularityWriter:
@@ -50,7 +52,8 @@ class PopularityWriter:
         self._written = -1
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="popularity", daemon=True)
-        self._follower = TopicFollower(settings.kafka, (self._topics.items, self._topics.item_stats), self.on_records)
+        topics = (self._topics.items, self._topics.item_stats)
+        self._follower = TopicFollower(settings.kafka, topics, self.on_records, gather_ms=_GATHER_MS)
 
     def start(self) -> None:
         self._follower.start()
