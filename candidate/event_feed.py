@@ -14,7 +14,6 @@ from core.topics import Topics
 from features.windows import Position, as_user_event
 from headrace.v1.events_pb2 import Event, Feedback
 
-
 # Pairs are learnt from thousands of events; no request waits for the newest.
 _GATHER_MS = 250
 

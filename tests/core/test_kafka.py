@@ -11,8 +11,9 @@ from core.kafka import KafkaProducer, Record, TopicFollower, client_config, head
 from core.settings import load_settings
 
 
+@pytest.mark.parametrize("gather_ms", [0, 200])
 def test_a_record_that_cannot_be_applied_is_left_out_and_the_others_go_on(
-    embedded_kafka: dict[str, Any],
+    embedded_kafka: dict[str, Any], gather_ms: int
 ) -> None:
     topic = f"follow-{uuid.uuid4().hex}"
     settings = load_settings(overrides={"kafka": embedded_kafka}).kafka
@@ -26,7 +27,7 @@ def test_a_record_that_cannot_be_applied_is_left_out_and_the_others_go_on(
 
     for key in (b"before", b"poison", b"after"):
         producer.send(topic, key, b"value").result(10)
-    follower = TopicFollower(settings, [topic], apply)
+    follower = TopicFollower(settings, [topic], apply, gather_ms=gather_ms)
     follower.start()
     try:
         assert follower.caught_up.wait(30)
