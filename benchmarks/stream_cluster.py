@@ -172,6 +172,8 @@ def running_cluster(
     values: dict[str, int | str] = {
         "session_timeout_ms": SESSION_TIMEOUT_MS,
         "event_log_interval_ms": 1000,
+        # The stack's own worker keeps its place in the group while it starts again; these are two, and must lose it.
+        "instance_id": "",
         **streams,
     }
     ports = Ports()
