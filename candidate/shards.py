@@ -36,8 +36,9 @@ _log = get_logger("candidate")
 SPREAD = ("ann", "item_to_item")
 # Marks a call from another shard: it is answered from the own items alone.
 _MARK = ("x-headrace-shard", "1")
-# What is left of the caller's time for merging.
-_MERGE_MS = 3.0
+# What others may take of the caller's time: the rest is for merging, and for the way back. One that did not answer last
+# time is not waited for as long.
+_SHARE, _SHARE_WHEN_AWAY = 0.8, 0.2
 
 Local = Callable[[RetrieveCandidatesRequest], Awaitable[RetrieveCandidatesResponse]]
 
@@ -76,8 +77,8 @@ class Shards:
             theirs.source_quotas.update(self._spread_quotas(request))
             # All that their sources bring: what is cut off is decided here.
             theirs.num_candidates = min(MAX_CANDIDATES, max(1, sum(theirs.source_quotas.values())))
-        timeout_seconds = max(0.001, (deadline.remaining_ms() - _MERGE_MS) / 1000)
-        asked = [asyncio.create_task(self._ask(number, theirs, timeout_seconds)) for number in self._channels]
+        left_seconds = deadline.remaining_ms() / 1000
+        asked = [asyncio.create_task(self._ask(number, theirs, left_seconds)) for number in self._channels]
         try:
             first = Answer(self._shard.number, await local(ours))
             others = [answer for answer in await asyncio.gather(*asked) if answer is not None]
@@ -94,10 +95,11 @@ class Shards:
             return {name: request.source_quotas.get(name, 0) for name in SPREAD}
         return scaled_quotas(self._quotas, SPREAD, request.num_candidates)
 
-    async def _ask(self, number: int, request: RetrieveCandidatesRequest, timeout_seconds: float) -> Answer | None:
+    async def _ask(self, number: int, request: RetrieveCandidatesRequest, left_seconds: float) -> Answer | None:
         stub = CandidateServiceStub(self._channels[number])
+        timeout = left_seconds * (_SHARE_WHEN_AWAY if number in self._away else _SHARE)
         try:
-            answer = Answer(number, await stub.RetrieveCandidates(request, timeout=timeout_seconds, metadata=(_MARK,)))
+            answer = Answer(number, await stub.RetrieveCandidates(request, timeout=timeout, metadata=(_MARK,)))
         except grpc.aio.AioRpcError as error:
             metrics.shards_missing.labels(str(number)).inc()
             if number not in self._away:

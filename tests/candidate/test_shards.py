@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -189,6 +190,13 @@ def test_two_shards_answer_as_one_index_and_one_answers_without_the_other(
     columns.columns = True
     in_columns = shards[0].stub.RetrieveCandidates(columns, timeout=10)
     assert set(in_columns.item_ids) == {candidate.item_id for candidate in expected.candidates}
+
+    # A shard that hangs is not waited for beyond the caller's time; when it is back, so are its items.
+    shards[1].process.send_signal(signal.SIGSTOP)
+    late = shards[0].stub.RetrieveCandidates(request, timeout=2)
+    assert list(late.missing_shards) == [f"1 ({shards[1].target})"]
+    shards[1].process.send_signal(signal.SIGCONT)
+    until(lambda: not shards[0].stub.RetrieveCandidates(request, timeout=2).missing_shards)
 
     shards[1].process.kill()
     shards[1].process.wait(20)
