@@ -28,12 +28,13 @@ from offline.models import Mask, Models
 from offline.replay import Group, Replay, read_entries
 from offline.reporting import Reporter
 from offline.train import train
+from offline.training import validation
 from offline.training.ranker_candidates import Pool
 
 TRAIN_SHARE = 0.8
 # Users with at least this many training events are reported apart.
 WARM_EVENTS = 5
-CUTOFF, RECALL_CUTOFF = 10, 100
+RECALL_CUTOFF = 100
 # Bundles of evaluations never mix with those that serve.
 _REGISTRY = ".evaluation"
 RETRIEVAL, RANKING = "retrieval (two towers)", "final ranking"
@@ -143,9 +144,8 @@ def _figures(ranks: npt.NDArray[np.int64]) -> tuple[float, float, float]:
     """HR@10, NDCG@10, recall@100."""
     if not len(ranks):
         return 0.0, 0.0, 0.0
-    hits = ranks < CUTOFF
-    ndcg = float(np.where(hits, 1 / np.log2(ranks + 2), 0.0).mean())
-    return float(hits.mean()), ndcg, float((ranks < RECALL_CUTOFF).mean())
+    first_ten = validation.Quality.of(ranks)
+    return first_ten.hr_at_10, first_ten.ndcg_at_10, float((ranks < RECALL_CUTOFF).mean())
 
 
 def ranks_of(targets: npt.NDArray[np.int64], scores: npt.NDArray[Any], allowed: Mask) -> npt.NDArray[np.int64]:

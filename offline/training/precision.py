@@ -1,6 +1,6 @@
 """In which precision this machine multiplies matrices fastest: bfloat16 where it has instructions for that.
 
-Read by tower training and by the candidate service's encoder. Invariant: measured once per process and device; the
+Read by tower training. Invariant: measured once per process and device; the
 weights stay float32, whatever the products are in.
 """
 

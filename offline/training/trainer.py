@@ -141,7 +141,8 @@ class TowerTrainer:
                 state.curve.append(entry)
                 state.finished = self._is_over(state.epoch, state.best_epoch, state.seconds)
                 self.checkpoint.save(self.towers, self._average, self._optimizer)
-                bar.update(task, completed=state.epoch, note=f"NDCG@10 {entry['ndcg_at_10']:.4f}")
+                measured = f"NDCG@10 {entry['ndcg_at_10']:.4f}" if len(self._data.held.target) else ""
+                bar.update(task, completed=state.epoch, note=measured)
         self.towers.load_state_dict(self.checkpoint.best)
         return self.towers.to("cpu").eval().requires_grad_(requires_grad=False)
 
