@@ -9,9 +9,10 @@ import numpy as np
 
 from core.codec import from_ms
 from core.errors import StageError
+from features.catalog import Rows
 from headrace.v1.ranker_service_pb2 import RankCandidatesResponse, UserCandidates
 from serving.clients import RankerClient
-from serving.query import Candidates, Query, Staged, UserFeatures
+from serving.query import SOURCE_BIT, Candidates, Query, Staged, UserFeatures
 from serving.trace import Removed
 
 
@@ -49,10 +50,20 @@ def _question(query: Query, user: UserFeatures, candidates: Candidates) -> UserC
         embedding=user.vector if user.embedding_version == query.release.manifest.embedding_version else (),
         item_ids=[item_ids[row] for row in candidates.rows.tolist()],
         scores=candidates.retrieval.tolist(),
-        source_bits=candidates.source_bits.tolist(),
+        source_bits=as_trained(candidates.source_bits).tolist(),
         context=query.request.context,
         request_time=from_ms(query.now_ms),
     )
+
+
+def as_trained(source_bits: Rows) -> Rows:
+    """Source bits as the model knows them: it has not met batch scores, and takes what no source brought as if ANN had.
+
+    See `offline.training.ranker_candidates.CandidateSources.provenance`. Shape [C].
+    """
+    known = source_bits & ~SOURCE_BIT["batch"]
+    bits: Rows = np.where(known == 0, SOURCE_BIT["ann"], known).astype(np.int32)
+    return bits
 
 
 def _scored(query: Query, candidates: Candidates, response: RankCandidatesResponse) -> Staged:

@@ -12,6 +12,7 @@ from headrace.v1 import types_pb2 as types
 from headrace.v1.events_pb2 import Event, Preference
 from headrace.v1.recommender_service_pb2 import RecommendRequest
 from headrace.v1.types_pb2 import Context, IngestToken, ItemFilter, LabelMatch, NumberRange
+from serving.query import SOURCE_BIT
 
 from .conftest import FAR_AHEAD_MS, angler, click, now_ms, write_bundle
 from .test_tiers import ask, assert_good, ids, reasons, tier
@@ -113,6 +114,17 @@ async def test_min_score_leaves_out_what_the_ranker_does_not_know(house) -> None
     recommender, _ = await house.open()
     answer = await recommender.Recommend(ask(min_score=0.15))
     assert {int(name[-3:]) for name in ids(answer)} <= {*range(150, 160), *range(180, 185)}
+
+
+async def test_the_ranker_hears_of_no_source_that_it_was_not_trained_on(house) -> None:
+    # 100 comes by ann and from the batch scores, 60 from the batch scores alone.
+    house.put_user(batch=(60, 100))
+    recommender, _ = await house.open()
+    await recommender.Recommend(ask())
+    (asked,) = house.ranker.requests[-1].users
+    bits = dict(zip(asked.item_ids, asked.source_bits, strict=True))
+    assert not any(value & SOURCE_BIT["batch"] for value in bits.values())
+    assert bits["item-060"] == bits["item-100"] == SOURCE_BIT["ann"]
 
 
 async def test_contributions_add_up_to_the_score(house) -> None:
