@@ -2,7 +2,8 @@
 
 A public log replayed in event time: the first 70% of the events train, on the next 10% the blend's weights are fitted,
 the last 20% is predicted, with batch scores made again at each simulated midnight and fresh signals that are as late as
-told. NDCG@10 and MRR of popular items, batch scores alone, batch scores with fresh signals, and everything online.
+told. NDCG@10 and MRR of popular items, of batch scores alone, and of two rungs of the ladder: batch scores with fresh
+signals (RERANKED_BATCH), and everything online (RANKED).
 Figures: benchmarks/hybrid.md. Invariant: weights come from earlier time than what is predicted; the margin's interval
 is a bootstrap over users.
 """
@@ -23,10 +24,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from core.bundle import CURRENT, open_current
 from core.errors import RecommenderError
 from core.settings import Settings, load_settings
 from devstack.blend_fit import Choice, fit_weights
-from devstack.blend_replay import FRESH, ONLINE, BlendReplay, Moment, Plan
+from devstack.blend_replay import PARTS, BlendReplay, Moment, Plan
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from offline.data import movielens, public, trivago
@@ -38,8 +40,8 @@ from serving.rerank.blend import blend
 _TRAIN_SHARE, _TUNE_SHARE = 0.7, 0.1
 _CUTOFF = 10
 DELAYS_MS = {"0 s": 0, "10 s": 10_000, "1 min": 60_000, "5 min": 300_000, "30 min": 1_800_000}
-_HYBRID = ("batch", *FRESH)
-_ALL = (*ONLINE, *_HYBRID)
+# Without the ranker: the rung RERANKED_BATCH.
+_HYBRID = tuple(part for part in PARTS if part != "ranker")
 _BOOTSTRAPS = 1000
 _QUICK_TRAINING = {"offline": {"max_epochs": 5, "ranker_epochs": 1, "ranker_max_rows": 20_000}}
 
@@ -95,24 +97,18 @@ def margin(better: Scores, base: Scores, *, warm: bool) -> dict[str, float]:
     }
 
 
-def score(moment: Moment, weights: Mapping[str, float], *, only_batch: bool = False) -> np.ndarray:
-    """Blended scores; without retrieval, only what the batch scores brought may be shown."""
+def batch_alone(moment: Moment) -> np.ndarray:
+    """What the last batch run left in the store: the user's scores; for one whom it did not know, what was popular."""
+    return np.where(moment.from_batch, moment.parts["batch"], -np.inf) if moment.warm else moment.popular
+
+
+def blended(moment: Moment, weights: Mapping[str, float]) -> np.ndarray:
     parts = {name: values for name, values in moment.parts.items() if name in weights}
-    scores: np.ndarray = blend(parts, weights).scores
-    # A user whom the batch run did not know gets what was popular then.
-    if only_batch:
-        scores = np.where(moment.from_batch, scores, -np.inf) if moment.warm else moment.popular
-    return scores
+    return blend(parts, weights).scores
 
 
-def choices_of(moments: Iterable[Moment], *, only_batch: bool = False) -> list[Choice]:
-    found = []
-    for moment in moments:
-        kept = moment.from_batch if only_batch else np.ones(len(moment.rows), np.bool_)
-        index = np.cumsum(kept) - 1
-        parts = {name: values[kept] for name, values in moment.parts.items()}
-        found += [Choice(parts, int(index[at])) for at in moment.places if kept[at]]
-    return found
+def choices_of(moments: Iterable[Moment]) -> list[Choice]:
+    return [Choice(moment.parts, at) for moment in moments for at in moment.places]
 
 
 def run(log: EventLog, registry: Path, settings: Settings, limit: int) -> dict[str, Any]:
@@ -120,8 +116,10 @@ def run(log: EventLog, registry: Path, settings: Settings, limit: int) -> dict[s
     times = np.sort(times_of(log.events(columns=["event_time"])))
     tune_ms = int(times[int(len(times) * _TRAIN_SHARE)])
     test_ms = int(times[int(len(times) * (_TRAIN_SHARE + _TUNE_SHARE))])
-    say("training on the oldest 70%")
-    bundle = train(log.root, registry, settings, before_ms=tune_ms, promote=False, progress=False)
+    if not (registry / CURRENT).exists():
+        say("training on the oldest 70%")
+        train(log.root, registry, settings, before_ms=tune_ms, progress=False)
+    bundle = open_current(registry)
     items = list(bundle.items())
     catalog = Catalog(settings.features)
     for item in items:
@@ -130,11 +128,8 @@ def run(log: EventLog, registry: Path, settings: Settings, limit: int) -> dict[s
     replay = BlendReplay(log, items, models, settings)
     every = max(1, int((times >= test_ms).sum()) // limit)
     say("fitting weights on the next 10%")
-    tuning = list(replay.moments(Plan(tune_ms, test_ms, every=max(1, every // 2))))
-    hybrid, online = (
-        fit_weights(choices_of(tuning, only_batch=True), _HYBRID),
-        fit_weights(choices_of(tuning), _ALL),
-    )
+    choices = choices_of(replay.moments(Plan(tune_ms, test_ms, every=max(1, every // 2))))
+    hybrid, online = fit_weights(choices, _HYBRID), fit_weights(choices, PARTS)
     say(f"batch and fresh: {hybrid}; online: {online}")
     result: dict[str, Any] = {"weights": {"batch_and_fresh": hybrid, "online": online}, "delays": {}}
     for name, delay_ms in DELAYS_MS.items():
@@ -150,9 +145,9 @@ def _predict(moments: Iterable[Moment], hybrid: Mapping[str, float], online: Map
         count += len(moment.targets)
         warm += moment.warm * len(moment.targets)
         ways["popular"].add(moment, moment.popular)
-        ways["batch"].add(moment, score(moment, {"batch": 1.0}, only_batch=True))
-        ways["batch and fresh"].add(moment, score(moment, hybrid, only_batch=True))
-        ways["online"].add(moment, score(moment, online))
+        ways["batch"].add(moment, batch_alone(moment))
+        ways["batch and fresh"].add(moment, blended(moment, hybrid))
+        ways["online"].add(moment, blended(moment, online))
     found: dict[str, Any] = {"predicted": count, "warm": warm}
     for group, only_warm in (("all", False), ("warm_users", True)):
         found[group] = {name: quality(scores, warm=only_warm) for name, scores in ways.items()}
@@ -164,6 +159,8 @@ def _predict(moments: Iterable[Moment], hybrid: Mapping[str, float], online: Map
 def open_dataset(name: str, data: Path, work: Path) -> EventLog:
     """The log of a public data set, or of a folder."""
     root = work / "log"
+    if root.is_dir():
+        return EventLog(root)
     if name == "ml-100k":
         movielens.load(data / name, root)
     elif name == "trivago":
@@ -200,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dataset", required=True, help="ml-100k, trivago, or the folder of a public data set or an event log"
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the public data sets lie")
+    parser.add_argument("--work", type=Path, help="folder for the log and the bundle, kept and used again")
     parser.add_argument("--limit", type=int, default=2000, help="about so many moments are predicted at each delay")
     parser.add_argument("--quick", action="store_true", help="short training, 200 moments")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -207,8 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(overrides=_QUICK_TRAINING if given.quick else {})
         with tempfile.TemporaryDirectory(prefix="headrace-hybrid-") as scratch:
-            log = open_dataset(given.dataset, given.data, Path(scratch))
-            result = run(log, Path(scratch) / "bundles", settings, 200 if given.quick else given.limit)
+            work = given.work or Path(scratch)
+            log = open_dataset(given.dataset, given.data, work)
+            result = run(log, work / "bundles", settings, 200 if given.quick else given.limit)
     except RecommenderError as error:
         print(f"benchmarks.hybrid: {error}", file=sys.stderr)
         return 1

@@ -4,28 +4,33 @@ For `headrace tune` and the hybrid benchmark. Invariant: batch scores are of the
 `delay_ms` before, and nothing that is predicted from has happened at, or after, the time of what is predicted.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from candidate.co_visitation import CoVisitation
 from core.settings import Settings
 from features.catalog import Floats, Rows
 from features.stores.event_log import EventLog
 from features.windows import UserState
 from headrace.v1.events_pb2 import Item
 from offline.batch_scores import score_users
+from offline.co_visitation import PairsTimeline
 from offline.models import Models
 from offline.replay import Entry, Group, Replay, read_entries
+from serving.query import SOURCE_BIT
+from serving.stages.rank import as_trained
 from serving.stages.rerank import affinity, recency, trending_lift
 from serving.stages.retrieve import FUSION
 
 DAY_MS = 86_400_000
-# Parts that need nobody but the user's row and the catalogue, and those that need retrieval and ranker.
-FRESH = ("affinity", "trending", "recency")
-ONLINE = ("ranker", "retrieval")
+# Score parts of a moment, by the names of the blend weights.
+PARTS = ("ranker", "batch", "retrieval", "affinity", "trending", "recency")
 
 
 class Moment(NamedTuple):
@@ -79,15 +84,17 @@ class BlendReplay:
 
     def moments(self, plan: Plan) -> Iterator[Moment]:
         """Moments of `plan`, in event time."""
+        entries = list(read_entries(self._log, end_ms=plan.end_ms))
+        start = bisect_left(entries, plan.start_ms, key=attrgetter("time_ms"))
         now = Replay(self._items, self._settings.features)
         seen: dict[str, set[int]] = {}
-        for group in now.groups(read_entries(self._log, end_ms=plan.start_ms)):
+        for group in now.groups(entries[:start]):
             self._note(group, seen)
-        fresh = _Behind(self._log, self._items, self._settings, plan.delay_ms)
-        batch = _Batches(self._models, self._count)
+        fresh = _Behind(entries, self._items, self._settings, plan.delay_ms)
+        batch = _Batches(self._models, self._count, PairsTimeline(entries, self._settings))
         number = 0
         pending: list[Group] = []
-        for group in now.groups(read_entries(self._log, start_ms=plan.start_ms, end_ms=plan.end_ms)):
+        for group in now.groups(entries[start:]):
             if pending and pending[0].time_ms < group.time_ms:
                 for earlier in pending:
                     self._note(earlier, seen)
@@ -99,21 +106,22 @@ class BlendReplay:
                 continue
             number += 1
             if number % plan.every == 0:
-                behind = now if plan.delay_ms == 0 else fresh.at(group.time_ms)
-                yield self._moment(group, targets, behind, now, batch, seen.get(group.user_id, set()))
+                yield self._moment(group, targets, fresh, now, batch, seen.get(group.user_id, set()))
 
     def _moment(
         self,
         group: Group,
         targets: npt.NDArray[np.int64],
-        fresh: Replay,
+        behind: "_Behind",
         now: Replay,
         batch: "_Batches",
         seen: set[int],
     ) -> Moment:
-        now_ms, catalog, state = group.time_ms, fresh.catalog, fresh.state(group.user_id)
+        now_ms = group.time_ms
+        fresh, pairs = behind.at(now_ms)
+        catalog, state = fresh.catalog, fresh.state(group.user_id)
         known = (now.known_items(now_ms) & now.catalog.servable(now_ms))[: self._count]
-        moment = self._models.moment(catalog, known, now_ms)
+        moment = self._models.moment(catalog, known, now_ms)._replace(pairs=pairs)
         excluded = np.fromiter(seen, np.int32, len(seen))
         (pool,) = self._models.pools([state], catalog, moment, [excluded])
         scores = batch.of(group.user_id)
@@ -123,14 +131,14 @@ class BlendReplay:
         # -1, what the pool does not have, is the appended zero.
         at = np.array([place.get(row, -1) for row in rows.tolist()], np.intp)
         retrieval = np.append(pool.scores, 0.0).astype(np.float32)[at]
-        bits = np.append(pool.source_bits, 0).astype(np.int32)[at]
-        asked = pool._replace(rows=rows, scores=retrieval, source_bits=bits)
+        bits = np.append(pool.source_bits, 0).astype(np.int32)[at] | SOURCE_BIT["batch"] * np.isin(rows, from_batch)
+        asked = pool._replace(rows=rows, scores=retrieval, source_bits=as_trained(bits))
         (ranked,) = self._models.rank([state], catalog, [asked], now_ms)
         features = self._settings.features
         parts: dict[str, npt.NDArray[np.floating]] = {
             "ranker": ranked,
-            "retrieval": np.where(at >= 0, 1 / (FUSION + np.maximum(at, 0)), 0.0),
             "batch": np.array([scores.get(row, 0.0) for row in rows.tolist()], np.float32),
+            "retrieval": _fused((*pool.lists, from_batch), len(known))[rows],
             "affinity": affinity(state, catalog, rows, now_ms, features),
             "trending": trending_lift(catalog, rows, now_ms, features),
             "recency": recency(catalog, rows, now_ms),
@@ -157,30 +165,38 @@ class BlendReplay:
         seen.setdefault(group.user_id, set()).update(row for row in rows if row >= 0)
 
 
-class _Behind:
-    """A replay that is a fixed time behind."""
+def _fused(lists: Sequence[Rows], count: int) -> Floats:
+    """Agreement of the sources, as the front door works it out. Shape [count]."""
+    fused = np.zeros(count, np.float32)
+    for rows in lists:
+        fused[rows] += 1.0 / (FUSION + np.arange(len(rows)))
+    return fused
 
-    def __init__(self, log: EventLog, items: Sequence[Item], settings: Settings, delay_ms: int) -> None:
+
+class _Behind:
+    """States, statistics and pairs that are a fixed time behind."""
+
+    def __init__(self, entries: Sequence[Entry], items: Sequence[Item], settings: Settings, delay_ms: int) -> None:
         self._replay = Replay(items, settings.features)
-        self._entries = read_entries(log)
-        self._next: Entry | None = next(self._entries, None)
+        self._pairs = PairsTimeline(entries, settings)
+        self._entries, self._next = entries, 0
         self._delay_ms = delay_ms
 
-    def at(self, now_ms: int) -> Replay:
+    def at(self, now_ms: int) -> tuple[Replay, CoVisitation]:
         """As of `delay_ms` before."""
-        due: list[Entry] = []
-        while self._next is not None and self._next.time_ms < now_ms - self._delay_ms:
-            due.append(self._next)
-            self._next = next(self._entries, None)
-        self._replay.advance(due)
-        return self._replay
+        until = now_ms - self._delay_ms
+        end = bisect_left(self._entries, until, self._next, key=attrgetter("time_ms"))
+        self._replay.advance(self._entries[self._next : end])
+        self._next = end
+        return self._replay, self._pairs.before(until)
 
 
 class _Batches:
     """Batch scores, made again at each midnight that the log passes, for the users with events since."""
 
-    def __init__(self, models: Models, count: int) -> None:
+    def __init__(self, models: Models, count: int, pairs: PairsTimeline) -> None:
         self._models = models
+        self._pairs = pairs
         self._day = -1
         self._count = count
         self._revisions: dict[str, int] = {}
@@ -205,7 +221,8 @@ class _Batches:
             for user_id, state in replay.states.items()
             if state.revision != self._revisions.get(user_id, 0)
         }
-        for rows in score_users(self._models, catalog, changed, now_ms):
+        models = replace(self._models, pairs=self._pairs.before(now_ms))
+        for rows in score_users(models, catalog, changed, now_ms):
             for row in rows:
                 places = catalog.rows(row.item_ids).tolist()
                 self._scores[row.user_id] = dict(zip(places, row.scores, strict=True))

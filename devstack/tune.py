@@ -15,14 +15,13 @@ from core.bundle import BLEND, MANIFEST, open_current, publish, staging_folder
 from core.errors import ConfigError
 from core.settings import Settings
 from devstack.blend_fit import Choice, fit_weights
-from devstack.blend_replay import FRESH, ONLINE, BlendReplay, Plan
+from devstack.blend_replay import PARTS, BlendReplay, Plan
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from features.stores.event_rows import USERS
 from offline.logs import open_log
 from offline.models import Models
 
-PARTS = (*ONLINE, "batch", *FRESH)
 # Fewer choices say too little of a segment to give it weights of its own, or of anything at all.
 _SEGMENT_CHOICES, _LEAST_CHOICES = 500, 50
 

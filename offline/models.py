@@ -107,7 +107,8 @@ def read_item_vectors(folder: Path) -> Floats:
 
 def _without(pool: Pool, excluded: Rows, limit: int | None) -> Pool:
     kept = np.flatnonzero(~np.isin(pool.rows, excluded))[:limit]
-    return Pool(pool.user_vector, pool.rows[kept], pool.scores[kept], pool.source_bits[kept])
+    lists = [rows[~np.isin(rows, excluded)] for rows in pool.lists]
+    return Pool(pool.user_vector, pool.rows[kept], pool.scores[kept], pool.source_bits[kept], lists)
 
 
 def _device(name: str) -> torch.device:

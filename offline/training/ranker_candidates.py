@@ -39,6 +39,8 @@ class Pool(NamedTuple):
     rows: Rows
     scores: Floats
     source_bits: Rows
+    # What each source brought, best first.
+    lists: Sequence[Rows] = ()
 
 
 class Moment(NamedTuple):
@@ -132,16 +134,16 @@ class CandidateSources:
     def _trending(self, moment: Moment) -> tuple[Rows, Floats]:
         popularity = np.where(moment.known, moment.popularity, np.float32(0))
         count = min(self._quotas.get("trending", 0), int((popularity > 0).sum()))
-        rows = np.argpartition(-popularity, count - 1)[:count] if count else np.zeros(0, np.int64)
+        rows = _top(popularity, count)
         values: Floats = popularity[rows]
         values /= np.float32(max(float(values.max(initial=0.0)), 1e-9))
-        return rows.astype(np.int32), values
+        return rows, values
 
     def _new(self, moment: Moment) -> tuple[Rows, Floats]:
         publish_ms = np.where(moment.known, moment.publish_ms, 0)
         count = min(self._quotas.get("new", 0), int((publish_ms > 0).sum()))
-        rows = np.argpartition(-publish_ms, count - 1)[:count] if count else np.zeros(0, np.int64)
-        return rows.astype(np.int32), np.zeros(len(rows), np.float32)
+        rows = _top(publish_ms, count)
+        return rows, np.zeros(len(rows), np.float32)
 
 
 def draw(pool: Pool, moment: Moment, avoid: Rows, count: int, rng: np.random.Generator) -> Rows:
@@ -165,18 +167,27 @@ def _sample(rows: npt.NDArray[np.integer[Any]], count: int, rng: np.random.Gener
     return chosen
 
 
+def _top(values: npt.NDArray[Any], count: int) -> Rows:
+    """Rows of the `count` largest, best first."""
+    rows = np.argpartition(-values, count - 1)[:count] if count else np.zeros(0, np.int64)
+    best: Rows = rows[np.argsort(-values[rows], kind="stable")].astype(np.int32)
+    return best
+
+
 class _Merge:
     """Candidates of several sources: each item once, with its best score and all its sources."""
 
     def __init__(self, count: int) -> None:
         self._scores = np.full(count, -np.inf, np.float32)
         self._bits = np.zeros(count, np.int32)
+        self._lists: list[Rows] = []
 
     def add(self, source: int, rows: Rows, scores: Floats) -> None:
+        self._lists.append(rows)
         self._scores[rows] = np.maximum(self._scores[rows], scores)
         self._bits[rows] |= source
 
     def pool(self, user_vector: Floats | None) -> Pool:
         rows = np.flatnonzero(self._bits).astype(np.int32)
         rows = rows[np.argsort(-self._scores[rows], kind="stable")]
-        return Pool(user_vector, rows, self._scores[rows], self._bits[rows])
+        return Pool(user_vector, rows, self._scores[rows], self._bits[rows], self._lists)

@@ -11,8 +11,8 @@ from core.bundle import BLEND, open_current
 from core.errors import ConfigError
 from core.settings import load_settings
 from devstack.blend_fit import Choice, fit_weights
-from devstack.blend_replay import BlendReplay, Plan
-from devstack.tune import PARTS, tune
+from devstack.blend_replay import PARTS, BlendReplay, Plan
+from devstack.tune import tune
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from offline.data.dataset import times_of
