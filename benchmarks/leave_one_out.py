@@ -44,19 +44,20 @@ class LeaveOneOut:
 
 
 def read_gsasrec(folder: Path) -> LeaveOneOut:
-    """The split of the gSASRec authors: the last item tests, the one before validates for the users in `val`.
+    """The split of the gSASRec authors: the last item of each user tests, the one before validates.
+
+    Nobody's second-last item may be trained on in this split, though only the 512 users in `val` are meant to validate
+    by it: too few to tell two trainings apart. The third-last item of those 512 is not trained on either.
 
     Raises:
         ConfigError: files are missing or do not belong together.
     """
     train, inputs = _read(folder / "train" / "input.txt"), _read(folder / "test" / "input.txt")
     tests = _read(folder / "test" / "output.txt")
-    users = {tuple(items) for items in _read(folder / "val" / "input.txt")}
     if not (len(train) == len(inputs) == len(tests)):
         raise ConfigError(f"{folder}: train, test input and test output have different numbers of users")
     whole = [[*items, *test[:1]] for items, test in zip(inputs, tests, strict=True)]
-    validates = [tuple(items[:-1]) in users for items in inputs]
-    return _split(whole, [len(items) for items in train], validates)
+    return _split(whole, [len(items) for items in train])
 
 
 def read_s3rec(path: Path) -> LeaveOneOut:
@@ -68,12 +69,10 @@ def read_s3rec(path: Path) -> LeaveOneOut:
     whole = [line[1:] for line in _read(path)]
     if any(len(items) < 3 for items in whole):
         raise ConfigError(f"{path}: a user needs at least three items: one to train on, one to validate, one to test")
-    chosen = np.zeros(len(whole), np.bool_)
-    chosen[np.random.default_rng(0).permutation(len(whole))[:_VALIDATION_USERS]] = True
-    return _split(whole, [len(items) - 2 for items in whole], chosen.tolist())
+    return _split(whole, [len(items) - 2 for items in whole])
 
 
-def _split(whole: Sequence[Sequence[int]], trained: Sequence[int], validates: Sequence[bool]) -> LeaveOneOut:
+def _split(whole: Sequence[Sequence[int]], trained: Sequence[int]) -> LeaveOneOut:
     starts = np.concatenate([[0], np.cumsum([len(items) for items in whole])]).astype(np.int64)
     names, rows = np.unique(np.concatenate([np.asarray(items, np.int64) for items in whole]), return_inverse=True)
     index = np.arange(starts[-1], dtype=np.int64)
@@ -86,7 +85,7 @@ def _split(whole: Sequence[Sequence[int]], trained: Sequence[int], validates: Se
     )
     items = [Item(item_id=str(name)) for name in names]
     last = starts[1:] - 1
-    chosen = np.flatnonzero(np.asarray(validates))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(whole))[:_VALIDATION_USERS])
     held = _predicted(starts[:-1][chosen], last[chosen] - 1)
     ends = starts[:-1] + np.asarray(trained, np.int64)
     return LeaveOneOut(

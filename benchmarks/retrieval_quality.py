@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,16 @@ from core.errors import ConfigError, RecommenderError
 from core.settings import Settings, load_settings
 from core.telemetry import configure_logging
 from offline.baselines import Baseline, Markov, Popularity
-from offline.training.towers import fit_towers
-from offline.training.validation import Quality, ranks_of_scores, target_ranks
+from offline.training.distil import Ensemble
+from offline.training.towers import TrainedTowers, fit_teacher, fit_towers
+from offline.training.validation import Quality, StepsEncoder, ranks_of_scores, target_ranks
 
 DATA_VARIABLE = "HEADRACE_DATA"
 _DATA = Path("../shared/data")
 _FILES = {"ml-1m-gsasrec": "ml-1m-gsasrec", "amazon-beauty": "amazon-beauty/Beauty.txt"}
 _LARGE, _SERVING = "large", "serving"
-# The serving tower before it learnt from the validation items, too; told where the refit is on.
-_VALIDATED = "validated"
+# Large towers together, which the serving one learns from; and that before it learnt from the validation items, too.
+_TEACHERS, _VALIDATED = "teachers", "validated"
 # Long, dense histories; and short, sparse ones.
 _DENSE: dict[str, dict[str, Any]] = {
     "features": {"history_length": 50},
@@ -49,13 +51,13 @@ _DENSE: dict[str, dict[str, Any]] = {
         "teacher_blocks": 2,
         "teacher_history_length": 200,
         "teacher_dropout": 0.3,
+        "teachers": 2,
         "teacher_share": 0.5,
         "learning_rate": 1.5e-3,
-        "batch_size": 256,
-        "max_epochs": 14,
-        "patience_epochs": 14,
-        # The split has its own rule of what may be trained on.
-        "refit_epochs": 0,
+        "batch_size": 128,
+        "max_epochs": 10,
+        "patience_epochs": 10,
+        "refit_epochs": 2,
     },
 }
 _SPARSE: dict[str, dict[str, Any]] = {
@@ -82,6 +84,8 @@ class Measured:
 
     ndcg_at_10: float
     hr_at_10: float
+    # Of the items that chose the epoch; a refit has learnt them, and says nothing by it.
+    validation_ndcg_at_10: float
     # Of one core.
     users_per_second: float
     users_per_second_single: float
@@ -126,16 +130,19 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     for seed in seeds:
         settings = load_settings(overrides={**overrides, "offline": {**overrides["offline"], "seed": seed}})
         configure_logging(settings.telemetry, "benchmarks")
-        folder = work / f"seed-{seed}"
+        # Teachers are shared: a seed learns from its own large tower and the next ones.
+        learns_from = [(seed + more) % max(arguments.seeds, seed + 1) for more in range(settings.offline.teachers)]
+        learns_from = list(dict.fromkeys(learns_from)) if settings.offline.teacher_blocks else []
+        folder, large = work / f"seed-{seed}", [work / f"seed-{teacher}" / _LARGE for teacher in learns_from]
         if not arguments.checkpoint:
-            _train(data, settings, folder, arguments.device)
-        rows.append({"seed": seed, **_judge(data, settings, folder)})
-    best = _LARGE if _LARGE in rows[0] else _SERVING
+            _train(data, settings, folder, large, arguments.device)
+        rows.append({"seed": seed, **_judge(data, settings, folder, large)})
     mean = {
         name: {key: statistics.fmean(row[name][key] for row in rows) for key in rows[0][name]}
-        for name in (_LARGE, _VALIDATED, _SERVING)
+        for name in (_LARGE, _TEACHERS, _VALIDATED, _SERVING)
         if name in rows[0]
     }
+    best = _TEACHERS if _TEACHERS in mean else _SERVING
     return {
         "dataset": arguments.dataset or str(arguments.path),
         "quick": arguments.quick,
@@ -163,45 +170,72 @@ def _data(arguments: argparse.Namespace) -> tuple[LeaveOneOut, dict[str, dict[st
     return (read_s3rec(path), _SPARSE) if path.is_file() else (read_gsasrec(path), _DENSE)
 
 
-def _train(data: LeaveOneOut, settings: Settings, folder: Path, device: str) -> None:
+def _train(data: LeaveOneOut, settings: Settings, folder: Path, large: Sequence[Path], device: str) -> None:
+    teachers = [_teacher(data, settings, one, device) for one in large]
     if (folder / _SERVING).is_dir():
         return
     started = time.monotonic()
-    trained = fit_towers(data.training, settings, folder / "work", device=device)
-    for name, one in ((_LARGE, trained.teacher), (_VALIDATED, trained.validated), (_SERVING, trained)):
+    trained = fit_towers(data.training, settings, folder / "work", device=device, teachers=teachers)
+    for name, one in ((_VALIDATED, trained.validated), (_SERVING, trained)):
         if one is not None:
-            (folder / name).mkdir(parents=True)
-            save_towers(one.towers, folder / name)
-            figures = {**one.metrics, "wall_seconds": round(time.monotonic() - started, 1)}
-            (folder / name / "training.json").write_text(json.dumps(figures) + "\n", "utf-8")
+            _save(one, folder / name, time.monotonic() - started)
 
 
-def _judge(data: LeaveOneOut, settings: Settings, folder: Path) -> dict[str, Any]:
+def _teacher(data: LeaveOneOut, settings: Settings, folder: Path, device: str) -> TrainedTowers:
+    """The large tower in `folder`, trained where it is not there yet."""
+    if not folder.is_dir():
+        seed, started = int(folder.parent.name.removeprefix("seed-")), time.monotonic()
+        work = folder.parent / "work" / _LARGE
+        _save(fit_teacher(data.training, settings, work, seed, device=device), folder, time.monotonic() - started)
+    towers = load_towers(folder)
+    return TrainedTowers(towers, encode_items(towers, data.training.items), {})
+
+
+def _save(one: TrainedTowers, folder: Path, wall_seconds: float) -> None:
+    folder.mkdir(parents=True)
+    save_towers(one.towers, folder)
+    figures = {**one.metrics, "wall_seconds": round(wall_seconds, 1)}
+    (folder / "training.json").write_text(json.dumps(figures) + "\n", "utf-8")
+
+
+def _judge(data: LeaveOneOut, settings: Settings, folder: Path, large: Sequence[Path]) -> dict[str, Any]:
     found = [name for name in (_LARGE, _VALIDATED, _SERVING) if (folder / name).is_dir()]
     if _SERVING not in found:
         raise ConfigError(f"{folder} holds no trained towers; train with --work {folder.parent} first")
     result: dict[str, Any] = {}
     for name in found:
         training = json.loads((folder / name / "training.json").read_text("utf-8"))
+        towers = load_towers(folder / name)
         result[name] = {
-            **asdict(_measure(load_towers(folder / name), data, settings)),
+            **asdict(_measure(*_alone(towers, data, settings), data)),
             "epochs": training["towers_epochs"],
             "train_seconds": training["towers_seconds"],
-            "validation_ndcg_at_10": training["towers_ndcg_at_10"],
         }
+    if large:
+        towers_together = [load_towers(one) for one in large]
+        vectors = [encode_items(one, data.training.items) for one in towers_together]
+        together = Ensemble(towers_together, vectors, settings.features)
+        result[_TEACHERS] = asdict(_measure(together, together.item_vectors, data))
     return result
 
 
-def _measure(towers: Towers, data: LeaveOneOut, settings: Settings) -> Measured:
-    vectors = encode_items(towers, data.training.items)
-    encoder = UserEncoder(towers, settings.features)
-    quality = Quality.of(target_ranks(encoder, vectors, data.training.steps, data.test))
+def _alone(towers: Towers, data: LeaveOneOut, settings: Settings) -> tuple[UserEncoder, Floats]:
+    low = settings.candidate.bfloat16_from_users
+    return UserEncoder(towers, settings.features, low), encode_items(towers, data.training.items)
+
+
+def _measure(encoder: StepsEncoder, vectors: Floats, data: LeaveOneOut) -> Measured:
+    steps = data.training.steps
+    validated, tested = (
+        Quality.of(target_ranks(encoder, vectors, steps, held)) for held in (data.training.held, data.test)
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         return Measured(
-            quality.ndcg_at_10,
-            quality.hr_at_10,
+            tested.ndcg_at_10,
+            tested.hr_at_10,
+            validated.ndcg_at_10,
             _users_per_second(encoder, vectors, data, at_once=64),
             _users_per_second(encoder, vectors, data, at_once=1),
         )
@@ -209,7 +243,7 @@ def _measure(towers: Towers, data: LeaveOneOut, settings: Settings) -> Measured:
         torch.set_num_threads(threads)
 
 
-def _users_per_second(encoder: UserEncoder, vectors: Floats, data: LeaveOneOut, at_once: int) -> float:
+def _users_per_second(encoder: StepsEncoder, vectors: Floats, data: LeaveOneOut, at_once: int) -> float:
     """Of one core, from steps to vectors, the making of the model's input included."""
     draw = np.random.default_rng(0)
     done, spent = 0, 0.0
@@ -248,18 +282,19 @@ def _baselines(data: LeaveOneOut) -> dict[str, Quality]:
 
 def _print(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['dataset']}: test, mean of {len(result['seeds'])} seeds")
-    for column in ("", "NDCG@10", "HR@10", "users/s a core", "one by one", "train s"):
+    for column in ("", "NDCG@10", "HR@10", "validation NDCG@10", "users/s a core", "one by one", "train s"):
         table.add_column(column, justify="left" if not column else "right")
     for name, quality in result["baselines"].items():
-        table.add_row(name, f"{quality['ndcg_at_10']:.4f}", f"{quality['hr_at_10']:.4f}", "", "", "")
+        table.add_row(name, f"{quality['ndcg_at_10']:.4f}", f"{quality['hr_at_10']:.4f}", "", "", "", "")
     for name, mean in result["mean"].items():
         table.add_row(
             f"{name} tower",
             f"{mean['ndcg_at_10']:.4f}",
             f"{mean['hr_at_10']:.4f}",
+            f"{mean['validation_ndcg_at_10']:.4f}",
             f"{mean['users_per_second']:,.0f}",
             f"{mean['users_per_second_single']:,.0f}",
-            f"{mean['train_seconds']:,.0f}",
+            f"{mean['train_seconds']:,.0f}" if "train_seconds" in mean else "",
         )
     Console(width=110).print(table)
 

@@ -276,6 +276,7 @@ class OfflineSettings(_Section):
     blocks: Positive
     heads: Positive
     dropout: Share
+    teachers: Annotated[int, Field(gt=0, le=8)]
     teacher_blocks: Annotated[int, Field(ge=0)]
     teacher_history_length: Positive
     teacher_dropout: Share

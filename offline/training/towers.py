@@ -2,7 +2,7 @@
 
 Called by offline/train.py. The newest part of the log, by event time, chooses the epoch to keep (NDCG@10, full
 ranking, seen items left out); in the end that part is learnt, too (`offline.refit_epochs`). With
-`offline.teacher_blocks`, a larger user tower is trained first, and the one that serves learns from it. Invariant:
+`offline.teacher_blocks`, larger user towers are trained first, and the one that serves learns from them. Invariant:
 nothing at or after `before_ms` is read.
 """
 
@@ -21,11 +21,11 @@ from candidate.encoder import encode_items
 from candidate.history import kind_names
 from candidate.towers import Towers, TowersConfig, save_towers
 from core.bundle import ITEM_VECTORS, VECTORS_VERSION
-from core.settings import OfflineSettings, Settings
+from core.settings import Settings
 from core.telemetry import get_logger
 from features.stores.event_log import EventLog
 from headrace.v1.events_pb2 import Item
-from offline.training.distil import TeacherVectors
+from offline.training.distil import Ensemble, TeacherVectors
 from offline.training.interactions import Held, hold_out, load_steps
 from offline.training.precision import products_precision
 from offline.training.trainer import TowersData, TowerTrainer
@@ -46,7 +46,7 @@ class TrainedTowers:
     item_vectors: npt.NDArray[np.float32]
     metrics: dict[str, float]
     # The larger ones that they learnt from, if any.
-    teacher: "TrainedTowers | None" = None
+    teachers: Sequence["TrainedTowers"] = ()
     # They themselves as validated, before they learnt from what was held out, too.
     validated: "TrainedTowers | None" = None
 
@@ -96,33 +96,72 @@ def train_towers(
 
 
 def fit_towers(
-    data: TowersData, settings: Settings, work: Path, *, device: str = "auto", progress: bool = True
+    data: TowersData,
+    settings: Settings,
+    work: Path,
+    *,
+    device: str = "auto",
+    progress: bool = True,
+    teachers: Sequence[TrainedTowers] = (),
 ) -> TrainedTowers:
-    """The same from steps at hand; writes checkpoints and the learning curve into `work`, no towers."""
+    """The same from steps at hand; writes checkpoints and the learning curve into `work`, no towers.
+
+    `teachers` were trained by `fit_teacher` on the same data; where none are given, those of the settings are.
+    """
     device = _device(device)
-    offline, features = settings.offline, settings.features
-    config = TowersConfig(
-        dimension=offline.dimension,
-        blocks=offline.blocks,
-        heads=offline.heads,
-        history_length=features.history_length,
-        kinds=kind_names(features),
-        item_ids=tuple(data.items[row].item_id for row in data.ids),
-        dropout=offline.dropout,
-    )
-    teacher = _teacher(data, config, settings, work / "teacher", device, progress) if offline.teacher_blocks else None
-    opinions = _opinions(teacher, data, offline, device) if teacher else None
-    trainer = TowerTrainer(data, config, features, offline, work, device, opinions)
+    offline = settings.offline
+    if offline.teacher_blocks and not teachers:
+        seeds = range(offline.seed, offline.seed + offline.teachers)
+        teachers = [
+            fit_teacher(data, settings, work / f"teacher-{seed}", seed, device=device, progress=progress)
+            for seed in seeds
+        ]
+    opinions = _opinions(teachers, data, settings, device) if teachers else None
+    trainer = TowerTrainer(data, _config(data, settings), settings.features, offline, work, device, opinions)
     towers = trainer.run("towers", progress=progress)
     (work / CURVE).write_text(json.dumps(trainer.checkpoint.progress.curve, indent=1) + "\n", "utf-8")
-    validated = TrainedTowers(towers, encode_items(towers, data.items), trainer.metrics(), teacher)
+    validated = TrainedTowers(towers, encode_items(towers, data.items), trainer.metrics(), teachers)
     if not offline.refit_epochs:
         return validated
-    return _refitted(validated, data, settings, work / "refit", device, progress)
+    return _refitted(validated, data, settings, work / "refit", device, progress, opinions)
+
+
+def fit_teacher(
+    data: TowersData, settings: Settings, work: Path, seed: int, *, device: str = "auto", progress: bool = True
+) -> TrainedTowers:
+    """Trains a large tower; only its length, its blocks and their dropout differ from those of the one that serves."""
+    offline = settings.offline.model_copy(update={"seed": seed})
+    large = replace(
+        _config(data, settings),
+        blocks=offline.teacher_blocks,
+        history_length=offline.teacher_history_length,
+        dropout=offline.teacher_dropout,
+    )
+    trainer = TowerTrainer(data, large, settings.features, offline, work, _device(device))
+    towers = trainer.run(f"teacher {seed}", progress=progress)
+    return TrainedTowers(towers, encode_items(towers, data.items), trainer.metrics())
+
+
+def _config(data: TowersData, settings: Settings) -> TowersConfig:
+    return TowersConfig(
+        dimension=settings.offline.dimension,
+        blocks=settings.offline.blocks,
+        heads=settings.offline.heads,
+        history_length=settings.features.history_length,
+        kinds=kind_names(settings.features),
+        item_ids=tuple(data.items[row].item_id for row in data.ids),
+        dropout=settings.offline.dropout,
+    )
 
 
 def _refitted(
-    validated: TrainedTowers, data: TowersData, settings: Settings, work: Path, device: str, progress: bool
+    validated: TrainedTowers,
+    data: TowersData,
+    settings: Settings,
+    work: Path,
+    device: str,
+    progress: bool,
+    opinions: TeacherVectors | None,
 ) -> TrainedTowers:
     """The same towers, gone on with over all steps: what was held out to validate is the newest that there is."""
     offline = settings.offline.model_copy(
@@ -133,36 +172,22 @@ def _refitted(
     )
     whole = replace(data, ends=data.refit_ends, held=Held.nothing())
     towers = validated.towers
-    trainer = TowerTrainer(whole, towers.config, settings.features, offline, work, device, start=towers)
+    trainer = TowerTrainer(whole, towers.config, settings.features, offline, work, device, opinions, towers)
     towers = trainer.run("refit", progress=progress)
     metrics = {**validated.metrics, "towers_refit_seconds": trainer.metrics()["towers_seconds"]}
-    return TrainedTowers(towers, encode_items(towers, data.items), metrics, validated.teacher, validated)
+    return TrainedTowers(towers, encode_items(towers, data.items), metrics, validated.teachers, validated)
 
 
-def _teacher(
-    data: TowersData, config: TowersConfig, settings: Settings, work: Path, device: str, progress: bool
-) -> TrainedTowers:
-    """Trains the large tower; only its length and its blocks differ from those of the one that serves."""
-    offline, features = settings.offline, settings.features
-    large = replace(
-        config,
-        blocks=offline.teacher_blocks,
-        history_length=offline.teacher_history_length,
-        dropout=offline.teacher_dropout,
-    )
-    trainer = TowerTrainer(data, large, features, offline, work, device)
-    towers = trainer.run("teacher", progress=progress)
-    return TrainedTowers(towers, encode_items(towers, data.items), trainer.metrics())
-
-
-def _opinions(teacher: TrainedTowers, data: TowersData, offline: OfflineSettings, device: str) -> TeacherVectors:
+def _opinions(teachers: Sequence[TrainedTowers], data: TowersData, settings: Settings, device: str) -> TeacherVectors:
+    towers, vectors = [one.towers for one in teachers], [one.item_vectors for one in teachers]
+    # The refit asks them of steps that they were not trained on, too.
+    ends = np.maximum(data.ends, data.refit_ends) if settings.offline.refit_epochs else data.ends
     return TeacherVectors.of(
-        teacher.towers,
-        teacher.item_vectors,
+        Ensemble(towers, vectors, settings.features),
         data.steps,
-        data.ends,
+        ends,
         data.ids,
-        offline.teacher_share,
+        settings.offline.teacher_share,
         device,
         products_precision(device),
     )

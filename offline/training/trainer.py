@@ -79,8 +79,8 @@ class TowerTrainer:
         features, offline: settings.
         work: folder; `work/checkpoints` lets a run that was cut short go on.
         device: cpu or cuda.
-        teacher: to learn from its opinions, too; it was trained on the same items.
-        start: trained towers to go on from; else the teacher's weights, else new ones.
+        teacher: to learn from its opinion, too; made of towers that were trained on the same items.
+        start: trained towers to go on from; else a teacher's weights, else new ones.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class TowerTrainer:
         if start:
             self.towers.load_state_dict(start.state_dict())
         elif teacher:
-            teacher.start(self.towers)
+            teacher.ensemble.start(self.towers)
         else:
             self.towers.item.fit_numbers(self._content_tensors.numbers)
         self._average = {name: tensor.clone() for name, tensor in self.towers.state_dict().items()}
@@ -310,8 +310,8 @@ class TowerTrainer:
         steps = self._data.steps
         for array in (steps.starts, steps.rows, steps.kinds, steps.weights, steps.times_ms, self._data.ends):
             digest.update(array.tobytes())
-        teacher = self._teacher.embedding_version if self._teacher else None
-        digest.update(repr((self.towers.config, self._settings, teacher, self._started_from)).encode())
+        teachers = self._teacher.ensemble.embedding_versions if self._teacher else []
+        digest.update(repr((self.towers.config, self._settings, teachers, self._started_from)).encode())
         return digest.hexdigest()
 
 

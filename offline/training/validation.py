@@ -5,11 +5,12 @@ negatives; an item that ties with the target counts as behind it.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from candidate.encoder import UserEncoder
+from candidate.encoder import Bools
 from candidate.history import Floats, Ints, Sequences
 from offline.training.interactions import Held
 
@@ -32,7 +33,13 @@ class Quality:
         return cls(float(np.where(hits, 1 / np.log2(ranks + 2), 0.0).mean()), float(hits.mean()))
 
 
-def target_ranks(encoder: UserEncoder, item_vectors: Floats, steps: Sequences, held: Held) -> Ints:
+class StepsEncoder(Protocol):
+    """Towers, one or several together: `candidate.encoder.UserEncoder` says what this is."""
+
+    def encode_steps(self, steps: Sequences, begin: Ints, end: Ints, item_vectors: Floats) -> tuple[Floats, Bools]: ...
+
+
+def target_ranks(encoder: StepsEncoder, item_vectors: Floats, steps: Sequences, held: Held) -> Ints:
     """The rank of each held target, 0 = first [n].
 
     Args:
@@ -41,13 +48,16 @@ def target_ranks(encoder: UserEncoder, item_vectors: Floats, steps: Sequences, h
         steps: of all users.
         held: what is predicted, from which steps before it.
     """
-    parts = []
-    for start in range(0, len(held.target), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
+    ranks = np.zeros(len(held.target), np.int64)
+    # Histories of like length together: a batch costs what its longest does.
+    order = np.argsort(held.end - held.begin, kind="stable")
+    for start in range(0, len(order), _AT_ONCE):
+        part = order[start : start + _AT_ONCE]
         begin, end = held.begin[part], held.end[part]
         users, _ = encoder.encode_steps(steps, begin, end, item_vectors)
-        parts.append(ranks_of_scores(users @ item_vectors.T, steps, begin, end, steps.rows[held.target[part]]))
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        scores = users @ item_vectors.T
+        ranks[part] = ranks_of_scores(scores, steps, begin, end, steps.rows[held.target[part]])
+    return ranks
 
 
 def ranks_of_scores(scores: npt.NDArray[np.float32], steps: Sequences, begin: Ints, end: Ints, targets: Ints) -> Ints:

@@ -10,7 +10,6 @@ import torch
 
 from candidate import history
 from candidate.encoder import UserEncoder
-from candidate.history import Sequences
 from candidate.towers import Towers, load_towers
 from core.codec import from_ms
 from core.errors import ConfigError
@@ -23,7 +22,7 @@ from features.windows import UserState
 from headrace.v1.events_pb2 import Event, Item
 from offline.training import trainer as towers_module
 from offline.training.checkpoint import Checkpoint
-from offline.training.distil import TeacherVectors
+from offline.training.distil import Ensemble, TeacherVectors
 from offline.training.interactions import hold_out, load_steps
 from offline.training.towers import CURVE, TrainedTowers, train_towers
 from offline.training.validation import Quality, target_ranks
@@ -241,9 +240,9 @@ def test_a_small_log_holds_out_the_last_step_of_each_user(settings: Settings, tm
 def test_a_teacher_helps_a_smaller_tower(train: Train) -> None:
     alone = train("alone", max_epochs=3)
     taught = train("taught", max_epochs=3, teacher_blocks=2, teacher_history_length=60, teacher_share=0.5)
-    assert taught.teacher is not None
-    assert alone.teacher is None
-    assert len(taught.teacher.towers.user.blocks) == 2
+    (teacher,) = taught.teachers
+    assert not alone.teachers
+    assert len(teacher.towers.user.blocks) == 2
     assert len(taught.towers.user.blocks) == 1
     # The student starts from the teacher's weights: three epochs take it further.
     assert taught.metrics["towers_ndcg_at_10"] > alone.metrics["towers_ndcg_at_10"]
@@ -252,12 +251,12 @@ def test_a_teacher_helps_a_smaller_tower(train: Train) -> None:
 def test_a_teacher_speaks_of_every_step_with_context(
     train: Train, chains: tuple[EventLog, list[Item]], settings: Settings
 ) -> None:
-    trained = train(teacher_blocks=1, teacher_history_length=50).teacher
-    assert trained is not None
+    (trained,) = train(teacher_blocks=1, teacher_history_length=50).teachers
     steps = load_steps(chains[0], chains[1], settings.features, None)
     ends = steps.starts[1:] - 1
     rows = np.unique(steps.rows)
-    vectors = TeacherVectors.of(trained.towers, trained.item_vectors, steps, ends, rows, 0.5, "cpu", torch.float32)
+    alone = Ensemble([trained.towers], [trained.item_vectors], settings.features)
+    vectors = TeacherVectors.of(alone, steps, ends, rows, 0.5, "cpu", torch.float32)
     assert (np.abs(vectors.users).sum(axis=1) > 0).sum() == (ends - steps.starts[:-1]).sum()
     # As if the step were the user's last one.
     encoder = UserEncoder(trained.towers, settings.features)
@@ -266,15 +265,28 @@ def test_a_teacher_speaks_of_every_step_with_context(
     assert np.allclose(vectors.users[first + 5].astype(np.float32), whole[0], atol=2e-3)
 
 
-def test_a_teacher_of_other_items_is_refused(train: Train) -> None:
-    one = train(teacher_blocks=1).teacher
-    assert one is not None
-    steps = Sequences(np.array([0, 1]), *(np.zeros(1, np.int64),) * 2, np.ones(1, np.float32), np.zeros(1, np.int64))
-    vectors = TeacherVectors.of(
-        one.towers, one.item_vectors, steps, np.array([1]), np.array([0]), 0.5, "cpu", torch.float32
-    )
+def test_teachers_together_say_the_mean_of_what_each_says(
+    train: Train, chains: tuple[EventLog, list[Item]], settings: Settings
+) -> None:
+    both = train(teacher_blocks=1, teachers=2, max_epochs=2).teachers
+    assert both[0].towers.embedding_version != both[1].towers.embedding_version
+    steps = load_steps(chains[0], chains[1], settings.features, None)
+    begin, end = steps.starts[:1], steps.starts[:1] + 6
+    logits = []
+    for one in both:
+        users, _ = UserEncoder(one.towers, settings.features).encode_steps(steps, begin, end, one.item_vectors)
+        logits.append(float(one.towers.scale()) * users @ one.item_vectors.T)
+    together = Ensemble([one.towers for one in both], [one.item_vectors for one in both], settings.features)
+    users, _ = together.encode_steps(steps, begin, end, together.item_vectors)
+    assert np.allclose(users @ together.item_vectors.T, np.mean(logits, axis=0), atol=1e-4)
+
+
+def test_a_teacher_of_other_items_is_refused(train: Train, settings: Settings) -> None:
+    (one,) = train(teacher_blocks=1).teachers
     with pytest.raises(ConfigError, match="same items"):
-        vectors.start(Towers(replace(one.towers.config, dimension=8)))
+        Ensemble([one.towers], [one.item_vectors], settings.features).start(
+            Towers(replace(one.towers.config, dimension=8))
+        )
 
 
 def test_in_the_end_the_held_out_part_is_learnt_too(
