@@ -1,9 +1,9 @@
 """What retrieving candidates costs: `python -m benchmarks.retrieve [--quick] [--json]`.
 
 The candidate service as it runs (`python -m candidate`, five sources, 500 candidates) over 100,000 made-up items: one
-caller, then several at once, beside a gRPC server that answers the same bytes and does nothing else. Figures:
-benchmarks/retrieve.md. Invariant: both are asked by the same client with the same requests, one after the other, and
-the client reads the whole reply.
+caller, then several at once, of one process and of two replicas, beside a gRPC server that answers the same bytes and
+does nothing else. Figures: benchmarks/retrieve.md. Invariant: all are asked by the same client with the same requests,
+one after the other, and the client reads the whole reply.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,12 +69,15 @@ def run(plan: Plan, folder: Path) -> dict[str, Any]:
     with _candidate(folder) as target:
         say(f"one caller, {plan.calls:,} calls of each kind; then {plan.callers} callers, {plan.busy_seconds:.0f} s")
         kinds = {name: uvloop.run(_alone(target, of_kind, plan)) for name, of_kind in requests.items()}
-        busy = uvloop.run(_busy(target, requests["stored vector"], plan))
+        busy = uvloop.run(_busy([target], requests["stored vector"], plan))
         reply = uvloop.run(_one(target, requests["stored vector"][0]))
+        say("the same callers, two replicas")
+        with _candidate(folder) as other:
+            busy_two = uvloop.run(_busy([target, other], requests["stored vector"], plan))
     with _echo(reply) as target:
         say("the same of a server that answers the same bytes")
         echo = uvloop.run(_alone(target, requests["stored vector"], plan))
-        echo_busy = uvloop.run(_busy(target, requests["stored vector"], plan))
+        echo_busy = uvloop.run(_busy([target], requests["stored vector"], plan))
     main = kinds["stored vector"]
     return {
         "items": plan.items,
@@ -82,6 +85,7 @@ def run(plan: Plan, folder: Path) -> dict[str, Any]:
         "p50_ms": main["p50_ms"],
         "p99_ms": main["p99_ms"],
         "rps": busy,
+        "rps_two_replicas": busy_two,
         "echo_p50_ms": echo["p50_ms"],
         "echo_p99_ms": echo["p99_ms"],
         "echo_rps": echo_busy,
@@ -131,21 +135,22 @@ async def _alone(target: str, requests: Sequence[RetrieveCandidatesRequest], pla
     return {"p50_ms": round(p50, 2), "p90_ms": round(p90, 2), "p99_ms": round(p99, 2)}
 
 
-async def _busy(target: str, requests: Sequence[RetrieveCandidatesRequest], plan: Plan) -> float:
-    """Answers a second, with several callers that each wait for their own."""
+async def _busy(targets: Sequence[str], requests: Sequence[RetrieveCandidatesRequest], plan: Plan) -> float:
+    """Answers a second, with several callers that each wait for their own; they take turns among the targets."""
     done, end = 0, time.monotonic() + plan.busy_seconds
 
-    async def call(first: int) -> None:
+    async def call(first: int, stub: Any) -> None:
         nonlocal done
         number = first
         while time.monotonic() < end:
             await stub.RetrieveCandidates(requests[number % len(requests)], timeout=_CALL_SECONDS)
             done, number = done + 1, number + 1
 
-    async with channel(target) as connection:
-        stub = CandidateServiceStub(connection)
+    async with AsyncExitStack() as open_channels:
+        channels = [await open_channels.enter_async_context(channel(target)) for target in targets]
+        stubs = [CandidateServiceStub(one) for one in channels]
         started = time.monotonic()
-        await asyncio.gather(*(call(17 * caller) for caller in range(plan.callers)))
+        await asyncio.gather(*(call(17 * caller, stubs[caller % len(stubs)]) for caller in range(plan.callers)))
         return round(done / (time.monotonic() - started), 1)
 
 
@@ -161,10 +166,11 @@ def _candidate(folder: Path) -> Iterator[str]:
         "HEADRACE_CANDIDATE__ADMIN_PORT": str(admin_port),
         "HEADRACE_KAFKA__BOOTSTRAP_SERVERS": "127.0.0.1:1",
     }
-    with (folder / "candidate.log").open("wb") as log:
+    log_path = folder / f"candidate-{port}.log"
+    with log_path.open("wb") as log:
         process = subprocess.Popen(tied([sys.executable, "-m", "candidate"]), env=environment, stderr=log)
     try:
-        _wait_ready(process, f"http://127.0.0.1:{admin_port}/ready", folder / "candidate.log")
+        _wait_ready(process, f"http://127.0.0.1:{admin_port}/ready", log_path)
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -224,6 +230,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for name, kind in result["kinds"].items():
         busy = f"{result['rps']:,}" if name == "stored vector" else ""
         table.add_row(name, *(f"{kind[f'p{p}_ms']:.2f}" for p in (50, 90, 99)), busy)
+    table.add_row("stored vector, two replicas", "", "", "", f"{result['rps_two_replicas']:,}")
     table.add_row(
         "a server that does nothing",
         f"{result['echo_p50_ms']:.2f}",
