@@ -43,6 +43,7 @@ DELAYS_MS = {"0 s": 0, "10 s": 10_000, "1 min": 60_000, "5 min": 300_000, "30 mi
 # Without the ranker: the rung RERANKED_BATCH.
 _HYBRID = tuple(part for part in PARTS if part != "ranker")
 _BOOTSTRAPS = 1000
+WAYS = ("popular", "batch", "batch and fresh", "online")
 _QUICK_TRAINING = {"offline": {"max_epochs": 5, "ranker_epochs": 1, "ranker_max_rows": 20_000}}
 
 
@@ -131,29 +132,39 @@ def run(log: EventLog, registry: Path, settings: Settings, limit: int) -> dict[s
     choices = choices_of(replay.moments(Plan(tune_ms, test_ms, every=max(1, every // 2))))
     hybrid, online = fit_weights(choices, _HYBRID), fit_weights(choices, PARTS)
     say(f"batch and fresh: {hybrid}; online: {online}")
-    result: dict[str, Any] = {"weights": {"batch_and_fresh": hybrid, "online": online}, "delays": {}}
-    for name, delay_ms in DELAYS_MS.items():
-        say(f"predicting the newest 20%, signals {name} late")
-        result["delays"][name] = _predict(replay.moments(Plan(test_ms, None, delay_ms, every)), hybrid, online)
-    return result | {"seconds": round(time.monotonic() - started), "load_average": round(os.getloadavg()[0], 1)}
+    say("predicting the newest 20%")
+    by_delay = {delay_ms: Predictions() for delay_ms in DELAYS_MS.values()}
+    for moment in replay.moments(Plan(test_ms, None, tuple(by_delay), every)):
+        by_delay[moment.delay_ms].add(moment, hybrid, online)
+    return {
+        "weights": {"batch_and_fresh": hybrid, "online": online},
+        "delays": {name: by_delay[delay_ms].summary() for name, delay_ms in DELAYS_MS.items()},
+        "seconds": round(time.monotonic() - started),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
 
 
-def _predict(moments: Iterable[Moment], hybrid: Mapping[str, float], online: Mapping[str, float]) -> dict[str, Any]:
-    ways = {name: Scores() for name in ("popular", "batch", "batch and fresh", "online")}
-    count = warm = 0
-    for moment in moments:
-        count += len(moment.targets)
-        warm += moment.warm * len(moment.targets)
-        ways["popular"].add(moment, moment.popular)
-        ways["batch"].add(moment, batch_alone(moment))
-        ways["batch and fresh"].add(moment, blended(moment, hybrid))
-        ways["online"].add(moment, blended(moment, online))
-    found: dict[str, Any] = {"predicted": count, "warm": warm}
-    for group, only_warm in (("all", False), ("warm_users", True)):
-        found[group] = {name: quality(scores, warm=only_warm) for name, scores in ways.items()}
-        found[group]["fresh_over_batch"] = margin(ways["batch and fresh"], ways["batch"], warm=only_warm)
-        found[group]["online_over_batch"] = margin(ways["online"], ways["batch"], warm=only_warm)
-    return found
+class Predictions:
+    """All ways to recommend, at one delay of the signals."""
+
+    def __init__(self) -> None:
+        self._ways = {name: Scores() for name in WAYS}
+        self._count = self._warm = 0
+
+    def add(self, moment: Moment, hybrid: Mapping[str, float], online: Mapping[str, float]) -> None:
+        self._count += len(moment.targets)
+        self._warm += moment.warm * len(moment.targets)
+        made = (moment.popular, batch_alone(moment), blended(moment, hybrid), blended(moment, online))
+        for scores, values in zip(self._ways.values(), made, strict=True):
+            scores.add(moment, values)
+
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"predicted": self._count, "warm": self._warm}
+        for group, only_warm in (("all", False), ("warm_users", True)):
+            found[group] = {name: quality(scores, warm=only_warm) for name, scores in self._ways.items()}
+            for name, way in (("fresh_over_batch", "batch and fresh"), ("online_over_batch", "online")):
+                found[group][name] = margin(self._ways[way], self._ways["batch"], warm=only_warm)
+        return found
 
 
 def open_dataset(name: str, data: Path, work: Path) -> EventLog:
@@ -180,11 +191,10 @@ def say(text: str) -> None:
 def print_result(result: Mapping[str, Any], console: Console) -> None:
     for group in ("all", "warm_users"):
         table = Table(title=f"NDCG@10 (MRR), {group.replace('_', ' ')}", title_justify="left")
-        ways = ("popular", "batch", "batch and fresh", "online")
-        for column in ("signals", *ways, "fresh over batch", "online over batch"):
+        for column in ("signals", *WAYS, "fresh over batch", "online over batch"):
             table.add_column(column)
         for delay, found in result["delays"].items():
-            cells = [f"{found[group][way]['ndcg_at_10']:.4f} ({found[group][way]['mrr']:.4f})" for way in ways]
+            cells = [f"{found[group][way]['ndcg_at_10']:.4f} ({found[group][way]['mrr']:.4f})" for way in WAYS]
             margins = (found[group]["fresh_over_batch"], found[group]["online_over_batch"])
             cells += [f"{one['margin']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]" for one in margins]
             table.add_row(f"{delay} late", *cells)
@@ -198,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the public data sets lie")
     parser.add_argument("--work", type=Path, help="folder for the log and the bundle, kept and used again")
-    parser.add_argument("--limit", type=int, default=2000, help="about so many moments are predicted at each delay")
+    parser.add_argument("--limit", type=int, default=10_000, help="about so many events are predicted at each delay")
     parser.add_argument("--quick", action="store_true", help="short training, 200 moments")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     given = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """A log played in event time as serving would have answered it: batch scores of each day, fresh signals of the moment.
 
-For `headrace tune` and the hybrid benchmark. Invariant: batch scores are of the midnight before, fresh signals of
-`delay_ms` before, and nothing that is predicted from has happened at, or after, the time of what is predicted.
+For `headrace tune` and the hybrid benchmark. Invariant: batch scores are of the midnight before, fresh signals of a
+given delay before, and nothing that is predicted from has happened at, or after, the time of what is predicted.
 """
 
 from bisect import bisect_left
@@ -50,6 +50,8 @@ class Moment(NamedTuple):
     from_batch: npt.NDArray[np.bool_]
     # Rows that the user chose for the first time.
     targets: npt.NDArray[np.int64]
+    # How late the fresh signals were.
+    delay_ms: int = 0
 
     @property
     def places(self) -> list[int]:
@@ -67,7 +69,8 @@ class Plan:
 
     start_ms: int
     end_ms: int | None = None
-    delay_ms: int = 0
+    # Each moment comes once for each of these.
+    delays_ms: tuple[int, ...] = (0,)
     # One moment in so many.
     every: int = 1
 
@@ -90,7 +93,7 @@ class BlendReplay:
         seen: dict[str, set[int]] = {}
         for group in now.groups(entries[:start]):
             self._note(group, seen)
-        fresh = _Behind(entries, self._items, self._settings, plan.delay_ms)
+        behind = [_Behind(entries, self._items, self._settings, delay_ms) for delay_ms in plan.delays_ms]
         batch = _Batches(self._models, self._count, PairsTimeline(entries, self._settings))
         number = 0
         pending: list[Group] = []
@@ -106,7 +109,9 @@ class BlendReplay:
                 continue
             number += 1
             if number % plan.every == 0:
-                yield self._moment(group, targets, fresh, now, batch, seen.get(group.user_id, set()))
+                known = seen.get(group.user_id, set())
+                for one in behind:
+                    yield self._moment(group, targets, one, now, batch, known)
 
     def _moment(
         self,
@@ -152,6 +157,7 @@ class BlendReplay:
             batch.popularity[rows],
             np.isin(rows, from_batch),
             targets,
+            behind.delay_ms,
         )
 
     def _targets(self, group: Group, seen: dict[str, set[int]]) -> npt.NDArray[np.int64]:
@@ -180,11 +186,11 @@ class _Behind:
         self._replay = Replay(items, settings.features)
         self._pairs = PairsTimeline(entries, settings)
         self._entries, self._next = entries, 0
-        self._delay_ms = delay_ms
+        self.delay_ms = delay_ms
 
     def at(self, now_ms: int) -> tuple[Replay, CoVisitation]:
         """As of `delay_ms` before."""
-        until = now_ms - self._delay_ms
+        until = now_ms - self.delay_ms
         end = bisect_left(self._entries, until, self._next, key=attrgetter("time_ms"))
         self._replay.advance(self._entries[self._next : end])
         self._next = end

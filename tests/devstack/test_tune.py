@@ -97,8 +97,10 @@ def test_nothing_of_the_future_is_in_a_moment(shop) -> None:
     for item in items:
         catalog.upsert(item)
     replay = BlendReplay(log, items, Models.load(bundle.path, catalog, values, "cpu"), values)
-    prompt = list(replay.moments(Plan(cut, every=20)))
-    late = list(replay.moments(Plan(cut, delay_ms=600_000, every=20)))
+    moments = list(replay.moments(Plan(cut, delays_ms=(0, 600_000), every=20)))
+    prompt, late = moments[::2], moments[1::2]
+    assert {moment.delay_ms for moment in prompt} == {0}
+    assert {moment.delay_ms for moment in late} == {600_000}
     assert [moment.time_ms for moment in prompt] == [moment.time_ms for moment in late]
     assert any(moment.warm for moment in prompt)
     changed = 0
