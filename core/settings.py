@@ -238,6 +238,7 @@ class ServingSettings(_Section):
     blend_weights: dict[str, float]
     diversity: Share
     diversity_method: Literal["mmr", "dpp"]
+    diversity_by: Literal["category", "vector"]
     fatigue_weight: Share
     fatigue_half_life_seconds: Positive
     exploration_rate: Share

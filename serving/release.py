@@ -11,13 +11,17 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
 from core import bundle as bundles
 from core.bundle import Manifest, ReleaseBundle
 from core.clock import Clock
 from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
-from features.catalog import Catalog
+from features.catalog import Catalog, Floats
 from features.catalog_feed import CatalogFeed
 from headrace.v1.events_pb2 import Item, ItemStats
 from serving.popular import PopularLists
@@ -42,6 +46,8 @@ class Release:
     rules: Rules
     # Of segments that have weights of their own.
     segment_weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Unit vectors of the bundle's items, where diversity goes by them. [n, d]
+    vectors: Floats | None = None
 
     @property
     def version(self) -> str:
@@ -81,7 +87,21 @@ def load_release(bundle: ReleaseBundle, settings: Settings) -> Release:
     if bundle.has(bundles.BLEND):
         weights, of_segments = _weights(bundle)
     rules = Rules.parse(bundle.json(bundles.RULES)) if bundle.has(bundles.RULES) else Rules()
-    return Release(bundle.manifest, catalog, popular, weights, rules, of_segments)
+    vectors = _item_vectors(bundle) if settings.serving.diversity_by == "vector" else None
+    return Release(bundle.manifest, catalog, popular, weights, rules, of_segments, vectors)
+
+
+def _item_vectors(bundle: ReleaseBundle) -> Floats:
+    path = bundle.file(bundles.ITEM_VECTORS)
+    try:
+        vectors: Floats = load_file(path)["vectors"].astype(np.float32)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); train again or roll back") from error
+    if vectors.ndim != 2 or not 0 < len(vectors) <= bundle.manifest.item_count:
+        raise ArtifactError(f"{path} holds {vectors.shape} vectors of {bundle.manifest.item_count} items; train again")
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Floats = (vectors / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+    return unit
 
 
 def _weights(bundle: ReleaseBundle) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

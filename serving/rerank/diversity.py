@@ -51,6 +51,17 @@ def category_vectors(categories: Rows) -> Floats:
     return unit
 
 
+def item_vectors(vectors: Floats, rows: Rows) -> Floats:
+    """Unit vectors of some items; zeros for one that has none.
+
+    Args:
+        vectors: unit vectors of the first n rows of the catalogue. [n, d]
+        rows: catalogue rows. [C]
+    """
+    taken: Floats = np.where((rows < len(vectors))[:, None], vectors[np.minimum(rows, len(vectors) - 1)], 0.0)
+    return taken
+
+
 def diversify(relevance: Floats64, vectors: Floats, diversity: float, places: int) -> Diversified:
     """Orders items by maximal marginal relevance. Ties go to the earlier index.
 

@@ -16,8 +16,9 @@ from features.vectors import affinity_of, popularity_at
 from features.windows import UserState
 from headrace.v1 import types_pb2 as types
 from serving.query import SOURCE_BIT, Candidates, Query, Ranking, RankInputs, Signals, UserFeatures
+from serving.release import Release
 from serving.rerank.blend import blend
-from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp
+from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp, item_vectors
 from serving.rerank.exploration import explore
 from serving.rerank.quotas import hold_quotas
 from serving.rerank.rules import MembersOf, place_pins
@@ -70,7 +71,7 @@ class BlendingReRanker:
                 parts.append(name)
                 contributions, relevance = np.vstack((contributions, shift)), relevance + shift
 
-        vectors = category_vectors(release.catalog.column("categories")[candidates.rows])
+        vectors = _vectors(release, candidates.rows)
         place = diversify if self._settings.diversity_method == "mmr" else diversify_by_dpp
         order, penalties, scale = place(relevance, vectors, query.on.diversity, query.num_items)
         parts.append("diversity")
@@ -165,6 +166,13 @@ def members_among(catalog: Catalog, rows: Rows) -> MembersOf:
         return members
 
     return members_of
+
+
+def _vectors(release: Release, rows: Rows) -> Floats:
+    """What diversity compares: the items' vectors where the release holds them, else their categories. Shape [C, U]."""
+    if release.vectors is not None:
+        return item_vectors(release.vectors, rows)
+    return category_vectors(release.catalog.column("categories")[rows])
 
 
 def trending_lift(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:

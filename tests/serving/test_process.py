@@ -54,6 +54,13 @@ def test_a_corrupt_bundle_is_refused(registry, house, broken) -> None:
     assert f"{broken} is corrupt" in said
 
 
+def test_diversity_by_vectors_needs_a_bundle_that_has_them(registry, house) -> None:
+    with start(registry, HEADRACE_SERVING__DIVERSITY_BY="vector") as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "has no item_vectors.safetensors; train a new one" in said
+
+
 async def test_it_starts_and_answers_with_everything_down(registry, house) -> None:
     with start(registry) as process:
         try:

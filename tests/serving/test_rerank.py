@@ -1,5 +1,7 @@
 """The arithmetic of the re-ranker: what holds for any candidates, and what the parts do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from serving.popular import PopularLists
 from serving.query import SOURCE_BIT, Candidates, Query, UserFeatures
 from serving.release import Release
 from serving.rerank.blend import blend, scaled
-from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp
+from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp, item_vectors
 from serving.rerank.exploration import explore
 from serving.rerank.quotas import Bound, hold_quotas
 from serving.rerank.rules import Rules, place_pins
@@ -264,6 +266,45 @@ def test_the_order_is_a_permutation_independent_of_the_order_it_came_in(name, se
         assert ids.index(pinned[0]) == 0 if pinned[0] == "i05" else ids.index("i06") <= 4
     if name == "pinned" and len(pinned) == 2 and count > 5:
         assert ids[4] == "i06"
+
+
+def test_by_vectors_what_is_alike_is_spread_and_a_newer_item_is_like_no_other() -> None:
+    # 0 and 1 point the same way, 2 another one; 3 came after the bundle.
+    vectors = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
+    taken = item_vectors(vectors, np.array([1, 3, 0, 2], np.int32))
+    assert taken.tolist() == [[1, 0], [0, 0], [1, 0], [0, 1]]
+    for method in (diversify, diversify_by_dpp):
+        assert method(np.array([1.0, 0.7, 0.9, 0.8]), taken, 0.5, 4).order.tolist()[:3] == [0, 3, 1]
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 40), st.sampled_from(["mmr", "dpp"]))
+def test_any_vectors_give_a_permutation_whose_values_fall(seed, diversity, places, name) -> None:
+    random = np.random.default_rng(seed)
+    vectors = random.normal(size=(30, 8)).astype(np.float32)
+    vectors[:20] /= np.linalg.norm(vectors[:20], axis=1, keepdims=True)
+    vectors[20:] = 0
+    relevance = random.random(30)
+    method = diversify if name == "mmr" else diversify_by_dpp
+    order, penalties, scale = method(relevance, vectors, diversity, places)
+    assert sorted(order.tolist()) == list(range(30))
+    assert (np.diff((scale * relevance - penalties)[order]) <= 1e-6).all()
+
+
+def test_a_release_with_vectors_is_spread_by_them() -> None:
+    # All items share their categories' likeness; by the vectors, the second of the order is the first once more.
+    release = RELEASES["plain"]
+    rows = np.arange(COUNT, dtype=np.int32)
+    ranked = np.linspace(1, 0, COUNT).astype(np.float32)
+    zeros = np.zeros(COUNT, np.float32)
+    candidates = Candidates(rows, zeros, zeros, zeros, np.full(COUNT, SOURCE_BIT["ann"], np.int32), ranked)
+    vectors = np.eye(COUNT, dtype=np.float32)
+    vectors[1] = vectors[0]
+    values = SETTINGS.serving.model_copy(update={"diversity": 0.9, "blend_weights": {"ranker": 1.0}})
+    reranker = BlendingReRanker(values, SETTINGS.features)
+    alike = replace(release, vectors=vectors, blend_weights={"ranker": 1.0})
+    order = reranker.rerank(query_of(alike, rate_off=True, on=values), UserFeatures("u"), candidates).candidates.rows
+    assert order.tolist()[:3] == [0, 2, 3]
 
 
 def test_ties_go_to_the_smaller_item_id() -> None:
