@@ -104,12 +104,15 @@ def batch_alone(moment: Moment) -> np.ndarray:
 
 
 def blended(moment: Moment, weights: Mapping[str, float]) -> np.ndarray:
+    """The rung's order; of a user of whom nothing is known, the ladder's last one."""
+    if not moment.known:
+        return moment.popular_now
     parts = {name: values for name, values in moment.parts.items() if name in weights}
     return blend(parts, weights).scores
 
 
 def choices_of(moments: Iterable[Moment]) -> list[Choice]:
-    return [Choice(moment.parts, at) for moment in moments for at in moment.places]
+    return [Choice(moment.parts, at) for moment in moments if moment.known for at in moment.places]
 
 
 def run(log: EventLog, registry: Path, settings: Settings, limit: int) -> dict[str, Any]:

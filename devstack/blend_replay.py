@@ -38,14 +38,16 @@ class Moment(NamedTuple):
 
     user_id: str
     time_ms: int
-    # Whether the last batch run knew the user.
+    # Whether the last batch run knew the user, and whether anything at all is known: else the ladder answers.
     warm: bool
+    known: bool
     # Catalogue rows that may be shown. [C]
     rows: Rows
     # Part -> raw values. [C] each
     parts: dict[str, npt.NDArray[np.floating]]
-    # Popularity of the batch run's time. [C]
+    # Popularity of the batch run's time, and as of the fresh signals. [C] each
     popular: Floats
+    popular_now: Floats
     # Candidates that the batch scores brought. [C]
     from_batch: npt.NDArray[np.bool_]
     # Rows that the user chose for the first time.
@@ -152,9 +154,11 @@ class BlendReplay:
             group.user_id,
             now_ms,
             bool(scores),
+            bool(scores or state.history),
             rows,
             parts,
             batch.popularity[rows],
+            catalog.popularity(now_ms)[rows],
             np.isin(rows, from_batch),
             targets,
             behind.delay_ms,

@@ -65,6 +65,7 @@ def tune(log_root: str | Path, registry: Path, settings: Settings, *, limit: int
     choices = [
         Choice(moment.parts, at, segments.get(moment.user_id, ""))
         for moment in replay.moments(Plan(start_ms, every=max(1, moments // limit)))
+        if moment.known
         for at in moment.places
     ]
     if len(choices) < _LEAST_CHOICES:
