@@ -29,7 +29,7 @@ from core.errors import RecommenderError
 from core.settings import Settings, load_settings
 from devstack.blend_fit import Choice, fit_weights
 from devstack.blend_replay import PARTS, BlendReplay, Moment, Plan
-from features.catalog import Catalog
+from features.catalog import Catalog, Rows
 from features.stores.event_log import EventLog
 from offline.data import movielens, public, trivago
 from offline.data.dataset import times_of
@@ -53,16 +53,13 @@ class Scores:
 
     gains: dict[str, list[tuple[float, float, bool]]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, moment: Moment, scores: np.ndarray) -> None:
-        found = set(moment.places)
-        order = np.argsort(-scores, kind="stable").tolist()
-        ranks = [rank for rank, at in enumerate(order) if at in found and np.isfinite(scores[at])]
-        for rank in ranks:
-            ndcg = 1 / np.log2(rank + 2) if rank < _CUTOFF else 0.0
-            self.gains[moment.user_id].append((float(ndcg), 1 / (rank + 1), moment.warm))
-        # What is not among the candidates is a miss.
-        missing = len(moment.targets) - len(ranks)
-        self.gains[moment.user_id].extend([(0.0, 0.0, moment.warm)] * missing)
+    def add(self, moment: Moment, rows: Rows) -> None:
+        """Judges an order, best first; what of the chosen is not in it is a miss."""
+        for target in moment.targets.tolist():
+            found = np.flatnonzero(rows == target)
+            rank = int(found[0]) if len(found) else None
+            ndcg = 1 / np.log2(rank + 2) if rank is not None and rank < _CUTOFF else 0.0
+            self.gains[moment.user_id].append((float(ndcg), 0.0 if rank is None else 1 / (rank + 1), moment.warm))
 
     def table(self, *, warm: bool) -> np.ndarray:
         """Per user: sum of NDCG, sum of reciprocal ranks, count. Shape [users, 3]."""
@@ -98,17 +95,20 @@ def margin(better: Scores, base: Scores, *, warm: bool) -> dict[str, float]:
     }
 
 
-def batch_alone(moment: Moment) -> np.ndarray:
-    """What the last batch run left in the store: the user's scores; for one whom it did not know, what was popular."""
-    return np.where(moment.from_batch, moment.parts["batch"], -np.inf) if moment.warm else moment.popular
+def batch_alone(moment: Moment) -> Rows:
+    """What the last batch run left in the store: the user's scores, then what was popular at that time."""
+    own: Rows = np.flatnonzero(moment.from_batch).astype(np.int32)
+    own = moment.rows[own[np.argsort(-moment.parts["batch"][own], kind="stable")]]
+    return np.concatenate((own, moment.popular[~np.isin(moment.popular, own)]))
 
 
-def blended(moment: Moment, weights: Mapping[str, float]) -> np.ndarray:
+def blended(moment: Moment, weights: Mapping[str, float]) -> Rows:
     """The rung's order; of a user of whom nothing is known, the ladder's last one."""
     if not moment.known:
         return moment.popular_now
     parts = {name: values for name, values in moment.parts.items() if name in weights}
-    return blend(parts, weights).scores
+    ordered: Rows = moment.rows[np.argsort(-blend(parts, weights).scores, kind="stable")]
+    return ordered
 
 
 def choices_of(moments: Iterable[Moment]) -> list[Choice]:
@@ -158,8 +158,8 @@ class Predictions:
         self._count += len(moment.targets)
         self._warm += moment.warm * len(moment.targets)
         made = (moment.popular, batch_alone(moment), blended(moment, hybrid), blended(moment, online))
-        for scores, values in zip(self._ways.values(), made, strict=True):
-            scores.add(moment, values)
+        for scores, rows in zip(self._ways.values(), made, strict=True):
+            scores.add(moment, rows)
 
     def summary(self) -> dict[str, Any]:
         found: dict[str, Any] = {"predicted": self._count, "warm": self._warm}

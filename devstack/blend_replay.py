@@ -29,6 +29,8 @@ from serving.stages.rerank import affinity, recency, trending_lift
 from serving.stages.retrieve import FUSION
 
 DAY_MS = 86_400_000
+# Length of the lists of popular items.
+_POPULAR = 100
 # Score parts of a moment, by the names of the blend weights.
 PARTS = ("ranker", "batch", "retrieval", "affinity", "trending", "recency")
 
@@ -45,9 +47,9 @@ class Moment(NamedTuple):
     rows: Rows
     # Part -> raw values. [C] each
     parts: dict[str, npt.NDArray[np.floating]]
-    # Popularity of the batch run's time, and as of the fresh signals. [C] each
-    popular: Floats
-    popular_now: Floats
+    # The most popular rows that may be shown, best first, as of the batch run and as of the fresh signals.
+    popular: Rows
+    popular_now: Rows
     # Candidates that the batch scores brought. [C]
     from_batch: npt.NDArray[np.bool_]
     # Rows that the user chose for the first time.
@@ -130,9 +132,11 @@ class BlendReplay:
         known = (now.known_items(now_ms) & now.catalog.servable(now_ms))[: self._count]
         moment = self._models.moment(catalog, known, now_ms)._replace(pairs=pairs)
         excluded = np.fromiter(seen, np.int32, len(seen))
+        allowed = known.copy()
+        allowed[excluded] = False
         (pool,) = self._models.pools([state], catalog, moment, [excluded])
         scores = batch.of(group.user_id)
-        from_batch = np.array([row for row in scores if known[row] and row not in seen], np.int32)
+        from_batch = np.array([row for row in scores if allowed[row]], np.int32)
         rows = np.unique(np.concatenate((pool.rows.astype(np.int32), from_batch)))
         place = {row: at for at, row in enumerate(pool.rows.tolist())}
         # -1, what the pool does not have, is the appended zero.
@@ -157,8 +161,8 @@ class BlendReplay:
             bool(scores or state.history),
             rows,
             parts,
-            batch.popularity[rows],
-            catalog.popularity(now_ms)[rows],
+            _most(batch.popularity, allowed),
+            _most(catalog.popularity(now_ms)[: self._count], allowed),
             np.isin(rows, from_batch),
             targets,
             behind.delay_ms,
@@ -173,6 +177,12 @@ class BlendReplay:
     def _note(self, group: Group, seen: dict[str, set[int]]) -> None:
         rows = (self._row_of.get(event.item_id, -1) for event in group.events if event.kind in self._positive)
         seen.setdefault(group.user_id, set()).update(row for row in rows if row >= 0)
+
+
+def _most(values: Floats, allowed: npt.NDArray[np.bool_]) -> Rows:
+    """The rows that may be shown with the largest values, best first."""
+    order = np.argsort(-np.where(allowed, values, -np.inf), kind="stable")[:_POPULAR].astype(np.int32)
+    return order[allowed[order]]
 
 
 def _fused(lists: Sequence[Rows], count: int) -> Floats:
