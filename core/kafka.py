@@ -78,6 +78,17 @@ def client_config(settings: KafkaSettings) -> dict[str, Any]:
     }
 
 
+# Who gathers takes what is there when it is so much: while catching up, it does not wait.
+_GATHER_BYTES = 100_000
+
+
+def gathering(settings: KafkaSettings, gather_ms: float) -> dict[str, int]:
+    """What a consumer is told so that the broker lets records come together for so long (0: each at once)."""
+    if not gather_ms:
+        return {"fetch.wait.max.ms": settings.fetch_wait_max_ms}
+    return {"fetch.wait.max.ms": min(int(gather_ms), settings.fetch_wait_max_ms), "fetch.min.bytes": _GATHER_BYTES}
+
+
 class KafkaProducer:
     """Sends and tells, for each message, where it came to lie or why it did not."""
 
@@ -183,10 +194,6 @@ class Record:
 StartOffsets = Mapping[tuple[str, int], int]
 
 
-# A follower that gathers takes what is there when it is so much: while it catches up, it does not wait.
-_GATHER_BYTES = 100_000
-
-
 class TopicFollower:
     """Reads every partition of some topics, from the start, given offsets or the end, for as long as it lives.
 
@@ -239,7 +246,7 @@ class TopicFollower:
                     "group.id": "headrace-follower",  # required by the client, never joined nor committed
                     "enable.auto.commit": False,
                     "auto.offset.reset": "earliest",
-                    **self._fetching(),
+                    **gathering(self._settings, self._gather_ms),
                 }
             )
             try:
@@ -249,12 +256,6 @@ class TopicFollower:
                 self._stopping.wait(0.5)
             finally:
                 consumer.close()
-
-    def _fetching(self) -> dict[str, int]:
-        wait_ms = self._settings.fetch_wait_max_ms
-        if not self._gather_ms:
-            return {"fetch.wait.max.ms": wait_ms}
-        return {"fetch.wait.max.ms": min(self._gather_ms, wait_ms), "fetch.min.bytes": _GATHER_BYTES}
 
     def _tell(self, problem: str) -> None:
         """One line a problem, however long it lasts."""

@@ -92,7 +92,7 @@ class StreamsSettings(_Section):
     instance_id: str
     session_timeout_ms: Positive
     poll_max_events: Positive
-    poll_interval_ms: Ms
+    gather_ms: Ms
     state_cache_users: Positive
     marker_interval_ms: Positive
     encode_batch_users: Annotated[int, Field(gt=0, le=1000)]

@@ -9,7 +9,7 @@ from typing import Any
 from confluent_kafka import Consumer
 
 from core.errors import StageError
-from core.kafka import client_config
+from core.kafka import client_config, gathering
 from core.settings import Settings
 from core.topics import Topics
 
@@ -46,7 +46,7 @@ def consumer_config(settings: Settings) -> dict[str, Any]:
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "auto.offset.reset": "earliest",
-        "fetch.wait.max.ms": settings.kafka.fetch_wait_max_ms,
+        **gathering(settings.kafka, streams.gather_ms),
         "queued.max.messages.kbytes": _QUEUE_KB,
     }
     if streams.instance_id:

@@ -116,8 +116,7 @@ def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: 
             # A replay, too: whoever wrote that row may have died before its vector was made.
             dirty.add(user_id)
         if outcome is _REPLAY:
-            item_ids = (event.item_id,) if event.item_id else received.shown
-            changes.replayed_items.update((item_id, received.raw.partition) for item_id in item_ids)
+            changes.replayed_items.update(items_of(received))
             continue
         users.add(user_id)
         if outcome is _APPLIED:
@@ -125,6 +124,12 @@ def apply(batch: Sequence[Received], states: Mapping[str, UserState], settings: 
             changes.outside_horizon += state.outside_horizon_count - outside
             _note_items(changes.items, received)
     return changes
+
+
+def items_of(received: Received) -> Iterable[ItemKey]:
+    """The item rows that a message counts in."""
+    item_id, partition = received.event.item_id, received.raw.partition
+    return [(item_id, partition)] if item_id else [(shown, partition) for shown in received.shown]
 
 
 def count(partial: ItemPartial, events: Iterable[UserEvent], settings: FeaturesSettings) -> bool:

@@ -7,7 +7,6 @@ any error of the store, and after anything unexpected, the rows in memory are dr
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -93,7 +92,7 @@ class BatchReader:
         self._told: dict[Where, int] = {}
         self._store_problem: StageError | None = None
         self._poll_max = settings.streams.poll_max_events
-        self._marker_due = self._commit_due = self._place_due = self._poll_due = 0.0
+        self._marker_due = self._commit_due = self._place_due = 0.0
         self._backoff_seconds = _BACKOFF_SECONDS[0]
         self._problem = "not started"
         # What the client said last of Kafka, for whoever asks why there is nothing to read.
@@ -196,10 +195,6 @@ class BatchReader:
         first = consumer.consume(1, _IDLE_SECONDS)
         if not first:
             return []
-        pause = self._poll_due - self._clock.monotonic()
-        if pause > 0:
-            time.sleep(pause)
-        self._poll_due = self._clock.monotonic() + self._settings.streams.poll_interval_ms / 1000
         # Asked for many, the client would wait for the last of them.
         return [*first, *consumer.consume(self._poll_max, 0)]
 

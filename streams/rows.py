@@ -36,6 +36,7 @@ _ITEMS_PER_USER = 4
 # Rows that are read, or encoded and written, together: what is made of them stays in the processor's caches, and no
 # buffer is large however large the batch.
 _ROWS_AT_ONCE = 500
+_USER_COLUMNS, _ITEM_COLUMNS = ("state", "offsets"), ("stats", "offsets")
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -140,6 +141,7 @@ class Rows:
         """
         applied = Applied()
         for _ in range(_ATTEMPTS):
+            self._load_together(batch)
             batch = self._load_users(batch, applied)
             if not batch:
                 self._shrink()
@@ -156,6 +158,23 @@ class Rows:
             batch = [received for received in batch if received.event.user_id in beaten]
         raise StageError("redis", f"rows of {len(batch)} events were changed by others {_ATTEMPTS} times; going back")
 
+    def _load_together(self, batch: Sequence[Received]) -> None:
+        """What a small batch needs, and the markers that prove it, in one round trip; a large one loads in parts."""
+        if len(batch) > _ROWS_AT_ONCE:
+            return
+        partition_of = {received.event.user_id: received.raw.partition for received in batch}
+        users = [user_id for user_id in partition_of if user_id not in self._users]
+        touched = dict.fromkeys(key for received in batch for key in processor.items_of(received))
+        items = [key for key in touched if key not in self._items]
+        if not users and not items:
+            return
+        partitions = sorted(self._unproven | set(partition_of.values()))
+        reads = ((USER_STATE, _user_keys(users), _USER_COLUMNS), (ITEM_STATS, _item_keys(items), _ITEM_COLUMNS))
+        (user_rows, item_rows), markers = self._store.read_proven(reads, partitions)
+        self._keep_users(users, user_rows, partition_of)
+        self._keep_items(items, item_rows)
+        self._prove(partitions, markers)
+
     # --- users ---
 
     def _load_users(self, batch: Sequence[Received], applied: Applied) -> Sequence[Received]:
@@ -165,14 +184,8 @@ class Rows:
             return batch
         refused: dict[str, str] = {}
         for users in _some_at_once(missing):
-            rows = self._store.read(USER_STATE, [(user_id,) for user_id in users], ("state", "offsets"))
-            for user_id, row in zip(users, rows, strict=True):
-                try:
-                    state = windows.decode(_bytes(row, "state"))
-                except MalformedEventError as error:
-                    refused[user_id] = f"the user's row cannot be read: {error}"
-                    continue
-                self._users[user_id] = _Entry(state, row.raw.get("offsets", ABSENT), partition_of[user_id])
+            rows = self._store.read(USER_STATE, _user_keys(users), _USER_COLUMNS)
+            refused |= self._keep_users(users, rows, partition_of)
         self._unproven.update(partition_of.values())
         if not refused:
             return batch
@@ -180,6 +193,18 @@ class Rows:
             (received, refused[received.event.user_id]) for received in batch if received.event.user_id in refused
         ]
         return [received for received in batch if received.event.user_id not in refused]
+
+    def _keep_users(self, users: Sequence[str], rows: Sequence[Row], partition_of: Mapping[str, int]) -> dict[str, str]:
+        """Takes rows into memory; returns the users whose row cannot be read, and why."""
+        refused: dict[str, str] = {}
+        for user_id, row in zip(users, rows, strict=True):
+            try:
+                state = windows.decode(_bytes(row, "state"))
+            except MalformedEventError as error:
+                refused[user_id] = f"the user's row cannot be read: {error}"
+                continue
+            self._users[user_id] = _Entry(state, row.raw.get("offsets", ABSENT), partition_of[user_id])
+        return refused
 
     def _write_users(self, changes: Changes) -> set[str]:
         """Writes the changed users; returns those whose row somebody else had changed."""
@@ -215,7 +240,7 @@ class Rows:
             return
         metrics.CONFLICTS.labels(USER_STATE.name).inc(len(users))
         keys = sorted(users)
-        rows = self._store.read(USER_STATE, [(user_id,) for user_id in keys], ("offsets",))
+        rows = self._store.read(USER_STATE, _user_keys(keys), ("offsets",))
         for user_id, row in zip(keys, rows, strict=True):
             _check_not_older(f"the row of user {user_id!r}", self._users.pop(user_id).raw, row)
 
@@ -267,17 +292,18 @@ class Rows:
 
     def _check_beaten_items(self, keys: list[ItemKey]) -> None:
         metrics.CONFLICTS.labels(ITEM_STATS.name).inc(len(keys))
-        rows = self._store.read(ITEM_STATS, [(item_id, str(partition)) for item_id, partition in keys], ("offsets",))
+        rows = self._store.read(ITEM_STATS, _item_keys(keys), ("offsets",))
         for key, row in zip(keys, rows, strict=True):
             _check_not_older(f"the row of item {key[0]!r}", self._items.pop(key).raw, row)
 
     def _load_items(self, wanted: Mapping[ItemKey, object]) -> None:
         for some in _some_at_once(self._missing(self._items, wanted)):
-            keys = [(item_id, str(partition)) for item_id, partition in some]
-            for key, row in zip(some, self._store.read(ITEM_STATS, keys, ("stats", "offsets")), strict=True):
-                partial = _partial(key, _bytes(row, "stats"))
-                self._items[key] = _Entry(partial, row.raw.get("offsets", ABSENT), key[1])
-                self._unproven.add(key[1])
+            self._keep_items(some, self._store.read(ITEM_STATS, _item_keys(some), _ITEM_COLUMNS))
+            self._unproven.update(partition for _, partition in some)
+
+    def _keep_items(self, keys: Sequence[ItemKey], rows: Sequence[Row]) -> None:
+        for key, row in zip(keys, rows, strict=True):
+            self._items[key] = _Entry(_partial(key, _bytes(row, "stats")), row.raw.get("offsets", ABSENT), key[1])
 
     # --- both ---
 
@@ -296,11 +322,14 @@ class Rows:
         """Writes rows. What was read before counts only if the store still holds this worker's markers."""
         if self._unproven:
             partitions = sorted(self._unproven)
-            for partition, marker in zip(partitions, self._store.read_markers(partitions), strict=True):
-                if marker != self._markers.get(partition, {}):
-                    raise RowsChangedError(f"the marker of partition {partition}")
-            self._unproven.clear()
+            self._prove(partitions, self._store.read_markers(partitions))
         return self._store.write(writes)
+
+    def _prove(self, partitions: Sequence[int], markers: Sequence[Offsets]) -> None:
+        for partition, marker in zip(partitions, markers, strict=True):
+            if marker != self._markers.get(partition, {}):
+                raise RowsChangedError(f"the marker of partition {partition}")
+        self._unproven.clear()
 
     def _shrink(self) -> None:
         while len(self._users) > self._capacity:
@@ -319,6 +348,14 @@ class Rows:
         if beaten:
             kept = [pair for pair in kept if pair[0].event.user_id not in beaten]
         applied.outcomes.update((received.raw.topic, outcome) for received, outcome in kept)
+
+
+def _user_keys(users: Iterable[str]) -> list[tuple[str, ...]]:
+    return [(user_id,) for user_id in users]
+
+
+def _item_keys(keys: Iterable[ItemKey]) -> list[tuple[str, ...]]:
+    return [(item_id, str(partition)) for item_id, partition in keys]
 
 
 def _some_at_once(keys: Collection[K]) -> Iterator[list[K]]:

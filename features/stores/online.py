@@ -12,6 +12,7 @@ stream worker notices that a primary is another one and says so, see streams/dou
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import redis
@@ -118,11 +119,29 @@ class OnlineStore:
 
     def read(self, view: View, keys: Sequence[tuple[str, ...]], columns: Sequence[str] | None = None) -> list[Row]:
         """Rows of a view (all its columns, or only these), in the order of `keys`; one round trip."""
-        layout = self._layout(view)
         names = list(columns) if columns is not None else [column.name for column in view.columns]
+        return self._rows(view, names, self._send(self._reads(view, keys, names)))
+
+    def read_proven(
+        self, reads: Sequence[tuple[View, Sequence[tuple[str, ...]], Sequence[str]]], partitions: Sequence[int]
+    ) -> tuple[list[list[Row]], list[Offsets]]:
+        """Rows of several views (view, keys, columns), and markers as they stood after that; one round trip."""
+        commands: list[Command] = []
+        for view, keys, names in reads:
+            commands += self._reads(view, keys, names)
+        marker_keys = [key for partition in partitions for key in self._keys(_marker(partition))]
+        answers = iter(self._send([*commands, *((b"GET", key) for key in marker_keys)]))
+        rows = [self._rows(view, names, list(islice(answers, len(keys)))) for view, keys, names in reads]
+        return rows, self._note_markers(partitions, marker_keys, list(answers))
+
+    def _reads(self, view: View, keys: Sequence[tuple[str, ...]], names: Sequence[str]) -> list[Command]:
+        layout = self._layout(view)
         fields = [layout.timestamp_field, *(layout.fields[name] for name in names)]
-        commands = [(b"HMGET", row_key(self._project, view.join_keys, key), *fields) for key in keys]
-        return [_row(layout, names, values) for values in self._send(commands)]
+        return [(b"HMGET", row_key(self._project, view.join_keys, key), *fields) for key in keys]
+
+    def _rows(self, view: View, names: Sequence[str], answers: Sequence[Sequence[bytes | None]]) -> list[Row]:
+        layout = self._layout(view)
+        return [_row(layout, names, values) for values in answers]
 
     def write(self, writes: Sequence[Write]) -> list[bool]:
         """Writes rows, those of one Redis in order on one connection; says for each whether it took effect."""
@@ -181,9 +200,12 @@ class OnlineStore:
     def read_markers(self, partitions: Sequence[int]) -> list[Offsets]:
         """Markers of several partitions; one round trip."""
         keys = [key for partition in partitions for key in self._keys(_marker(partition))]
-        self._copies.update(
-            zip(keys, (raw or ABSENT for raw in self._send([(b"GET", key) for key in keys])), strict=True)
-        )
+        return self._note_markers(partitions, keys, self._send([(b"GET", key) for key in keys]))
+
+    def _note_markers(
+        self, partitions: Sequence[int], keys: Sequence[bytes], answers: Sequence[bytes | None]
+    ) -> list[Offsets]:
+        self._copies.update(zip(keys, (raw or ABSENT for raw in answers), strict=True))
         return [self._oldest(self._keys(_marker(partition))) for partition in partitions]
 
     def write_marker(self, partition: int, offsets: Offsets, expected: Offsets | None = None) -> bool:
