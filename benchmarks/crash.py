@@ -6,9 +6,7 @@ when nothing differs.
 """
 
 import argparse
-import json
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,12 +21,13 @@ from rich.table import Table
 
 from benchmarks import stream_readings as readings
 from benchmarks import stream_truth
+from benchmarks.command import Command
 from benchmarks.crash_schedule import Blow, Blows, Striker, schedule
 from benchmarks.stream_cluster import WORKERS, Cluster, MarkerWatch, running_cluster, train_bundle
 from benchmarks.stream_load import LoadConfig, Sent, StreamLoad
 from benchmarks.stream_readings import Differences
 from benchmarks.stream_truth import SinglePass
-from core.errors import RecommenderError, StageTimeoutError
+from core.errors import StageTimeoutError
 from core.kafka import KafkaProducer
 from core.settings import load_settings
 from core.telemetry import configure_logging
@@ -237,28 +236,17 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__.split("\n")[0])
-    parser.add_argument("--events", type=int, help=f"messages to send; else {FULL.events:,}")
-    parser.add_argument("--seed", type=int, default=7, help="of the load and of the blows")
-    parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
-    parser.add_argument("--quick", action="store_true", help="fewer events and kills, within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else FULL
-    if arguments.events is not None:
-        plan = replace(plan, events=arguments.events)
-    try:
-        configure_logging(load_settings().telemetry, "benchmarks")
-        with tempfile.TemporaryDirectory(prefix="headrace-crash-") as scratch:
-            result = run(plan, arguments.seed, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.crash: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(result.as_dict() | {"quick": arguments.quick, "seed": arguments.seed}))
-    else:
-        print_result(result, Console())
-    return 0 if result.differences.total == 0 else 1
+    command = Command("crash", __doc__, "fewer events and kills")
+    command.add("--events", type=int, help=f"messages to send; else {FULL.events:,}")
+    command.add("--seed", type=int, default=7, help="of the load and of the blows")
+    command.add_work()
+    return command.run(_measure, print_result, Result.as_dict, lambda result: result.differences.total == 0)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> Result:
+    configure_logging(load_settings().telemetry, "benchmarks")
+    plan = QUICK if given.quick else FULL
+    return run(plan if given.events is None else replace(plan, events=given.events), given.seed, work)
 
 
 if __name__ == "__main__":

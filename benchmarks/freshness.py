@@ -5,11 +5,8 @@ user's new vector, can be read from Redis. Figures: benchmarks/streams.md. Invar
 event is handed to the producer and stops when a reader sees the row, polling included.
 """
 
-import argparse
-import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -21,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.ingest import WORKER, post, train_serving_bundle, wait_for_vectors
 from benchmarks.plain_load import PlainConfig, paced, plain_events
 from benchmarks.stream_cluster import Cluster, running_cluster
-from core.errors import RecommenderError
 from core.kafka import KafkaProducer
 from core.settings import load_settings
 from features.definitions import USER_EMBEDDING, USER_STATE, View
@@ -153,21 +150,9 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.freshness", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
-    parser.add_argument("--quick", action="store_true", help="a few seconds of each load, within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-freshness-") as scratch:
-            result = run(QUICK if arguments.quick else FULL, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.freshness: {error}", file=sys.stderr)
-        return 1
-    print_result(result, Console(stderr=arguments.json))
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    command = Command("freshness", __doc__, "a few seconds of each load")
+    command.add_work()
+    return command.run(lambda given, work: run(QUICK if given.quick else FULL, work), print_result)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ nothing is lost, doubled, damaged or out of place.
 """
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import stream_readings as readings
+from benchmarks.command import Command
 from benchmarks.fuzz_load import PROFILE_PREFIX, FuzzConfig, Fuzzed, FuzzLoad
 from benchmarks.fuzz_messages import Expected
 from benchmarks.fuzz_sender import ProcessWatch, Sender, allow_megabytes
 from benchmarks.stream_cluster import Cluster, running_cluster
 from benchmarks.stream_truth import Logged, Place, SinglePass
 from core.codec import from_ms
-from core.errors import RecommenderError
 from core.topics import dead_letter
 from devstack.kafka_local import kafka_home, local_kafka_problem
 from devstack.stack import EMBEDDED, LOCAL
@@ -282,25 +280,15 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.split("\n")[0])
-    parser.add_argument("--messages", type=int, help=f"messages to send; else {MESSAGES:,}")
-    parser.add_argument("--seed", type=int, default=7, help="of the load")
-    parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_MESSAGES:,} messages, within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    messages = arguments.messages or (QUICK_MESSAGES if arguments.quick else MESSAGES)
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-fuzz-") as scratch:
-            result = run(messages, arguments.seed, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.fuzz: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(result.as_dict() | {"quick": arguments.quick, "seed": arguments.seed}))
-    else:
-        print_result(result, Console())
-    return 0 if result.good else 1
+    command = Command("fuzz", __doc__, f"{QUICK_MESSAGES:,} messages")
+    command.add("--messages", type=int, help=f"messages to send; else {MESSAGES:,}")
+    command.add("--seed", type=int, default=7, help="of the load")
+    command.add_work()
+    return command.run(_measure, print_result, Result.as_dict, lambda result: result.good)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> Result:
+    return run(given.messages or (QUICK_MESSAGES if given.quick else MESSAGES), given.seed, work)
 
 
 if __name__ == "__main__":

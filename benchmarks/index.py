@@ -8,7 +8,6 @@ vectors and users are made by benchmarks/item_vectors.py; the index is tuned as 
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -27,6 +26,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.item_vectors import vector_world
 from candidate.index import ItemIndex, load_index, save_index
 from candidate.index.exact import on_one_core, search_all
@@ -312,18 +312,15 @@ def _print_lines(title: str, lines: Sequence[dict[str, Any]], console: Console) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.index", description=__doc__.split("\n")[0])
-    parser.add_argument("--kinds", action="store_true", help="other kinds of FAISS index, too (minutes)")
-    parser.add_argument("--sizes", type=int, nargs="+", help=f"items; else {' '.join(map(str, FULL.sizes))}")
-    parser.add_argument("--quick", action="store_true", help="without the largest size, fewer users: within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else FULL
-    result = run(Plan(tuple(arguments.sizes or plan.sizes), plan.queries, plan.rounds), with_kinds=arguments.kinds)
-    print_result(result, Console(stderr=arguments.json))
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    command = Command("index", __doc__, "without the largest size, fewer users")
+    command.add("--kinds", action="store_true", help="other kinds of FAISS index, too (minutes)")
+    command.add("--sizes", type=int, nargs="+", help=f"items; else {' '.join(map(str, FULL.sizes))}")
+    return command.run(_measure, print_result)
+
+
+def _measure(given: argparse.Namespace, _: Path) -> dict[str, Any]:
+    plan = QUICK if given.quick else FULL
+    return run(Plan(tuple(given.sizes or plan.sizes), plan.queries, plan.rounds), with_kinds=given.kinds)
 
 
 if __name__ == "__main__":

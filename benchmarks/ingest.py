@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -26,10 +25,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.plain_load import PlainConfig, paced, plain_events
 from benchmarks.stream_cluster import Cluster, running_cluster
 from benchmarks.stream_readings import wait_for_markers
-from core.errors import RecommenderError, StageTimeoutError
+from core.errors import StageTimeoutError
 from core.kafka import KafkaProducer
 from core.settings import load_settings
 from features.stores.online import OnlineStore
@@ -267,25 +267,15 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ingest", description=__doc__.split("\n")[0])
-    parser.add_argument("--events", type=int, help=f"of each load; else {FULL.events:,}")
-    parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
-    parser.add_argument("--quick", action="store_true", help="fewer events and users, within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else FULL
-    if arguments.events is not None:
-        plan = replace(plan, events=arguments.events)
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-ingest-") as scratch:
-            result = run(plan, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.ingest: {error}", file=sys.stderr)
-        return 1
-    print_result(result, Console(stderr=arguments.json))
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    command = Command("ingest", __doc__, "fewer events and users")
+    command.add("--events", type=int, help=f"of each load; else {FULL.events:,}")
+    command.add_work()
+    return command.run(_measure, print_result)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    plan = QUICK if given.quick else FULL
+    return run(plan if given.events is None else replace(plan, events=given.events), work)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ change is looked for by the item's own vector, among all items, through the inde
 
 import argparse
 import asyncio
-import json
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +23,12 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.liveness_load import CHANGES_PER_SECOND, QUERIES_PER_SECOND, Changes, Service, Watch, ask
 from benchmarks.retrieve_world import publish_world
 from benchmarks.stream_cluster import running_cluster
 from candidate.snapshot import read_item_vectors
 from candidate.towers import Towers, load_towers
-from core.errors import RecommenderError
 from core.settings import load_settings
 from devstack.kafka_local import kafka_home
 from devstack.stack import EMBEDDED, LOCAL
@@ -127,24 +125,15 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.liveness", description=__doc__.split("\n")[0])
-    parser.add_argument("--items", type=int, help=f"items of the bundle; else {FULL.items:,}")
-    parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
-    parser.add_argument("--quick", action="store_true", help="fewer items, ten seconds of load")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else FULL
-    plan = Plan(arguments.items or plan.items, plan.idle_seconds, plan.load_seconds)
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-liveness-") as scratch:
-            result = run(plan, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.liveness: {error}", file=sys.stderr)
-        return 1
-    print_result(result, Console(stderr=arguments.json))
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    command = Command("liveness", __doc__, "fewer items, ten seconds of load")
+    command.add("--items", type=int, help=f"items of the bundle; else {FULL.items:,}")
+    command.add_work()
+    return command.run(_measure, print_result)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    plan = QUICK if given.quick else FULL
+    return run(Plan(given.items or plan.items, plan.idle_seconds, plan.load_seconds), work)
 
 
 if __name__ == "__main__":

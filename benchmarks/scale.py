@@ -8,10 +8,8 @@ core of its own. Figures: benchmarks/scale.md. Invariant: both groups take the s
 """
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -25,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import stream_readings as readings
+from benchmarks.command import Command
 from benchmarks.ingest import post
 from benchmarks.plain_load import PlainConfig, plain_events
 from benchmarks.stream_cluster import PARTITIONS, WORKERS, Cluster, running_cluster
-from core.errors import RecommenderError, StageTimeoutError
+from core.errors import StageTimeoutError
 from core.kafka import KafkaProducer
 from features.stores.online import OnlineStore
 
@@ -257,26 +256,16 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.split("\n")[0])
-    parser.add_argument("--events", type=int, help=f"events of a backlog; else {FULL.events:,}")
-    parser.add_argument("--rounds", type=int, help=f"times that each is measured; else {FULL.rounds}")
-    parser.add_argument("--work", type=Path, help="folder for data and logs, kept; else a scratch folder")
-    parser.add_argument("--quick", action="store_true", help="small backlogs, twice: a rough figure")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else FULL
-    plan = Plan(arguments.events or plan.events, arguments.rounds or plan.rounds)
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-scale-") as scratch:
-            result = run(plan, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.scale: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    else:
-        print_result(result, Console())
-    return 0
+    command = Command("scale", __doc__, "small backlogs, twice")
+    command.add("--events", type=int, help=f"events of a backlog; else {FULL.events:,}")
+    command.add("--rounds", type=int, help=f"times that each is measured; else {FULL.rounds}")
+    command.add_work()
+    return command.run(_measure, print_result)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    plan = QUICK if given.quick else FULL
+    return run(Plan(given.events or plan.events, given.rounds or plan.rounds), work)
 
 
 if __name__ == "__main__":
