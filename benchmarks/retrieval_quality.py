@@ -63,16 +63,16 @@ _DENSE: dict[str, dict[str, Any]] = {
 _SPARSE: dict[str, dict[str, Any]] = {
     "features": {"history_length": 50},
     "offline": {
-        "dimension": 64,
+        "dimension": 128,
         "blocks": 1,
         "heads": 2,
         "dropout": 0.5,
         "teacher_blocks": 0,
         "learning_rate": 2e-3,
         "batch_size": 128,
-        "max_epochs": 18,
+        "max_epochs": 14,
         "patience_epochs": 6,
-        "refit_epochs": 3,
+        "refit_epochs": 4,
     },
 }
 _SPEED_SECONDS = 3.0

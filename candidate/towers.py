@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -216,7 +217,7 @@ class ItemTower(nn.Module):
         # A number that is not known counts as the mean.
         numbers = ((content.numbers - self.number_mean) / self.number_scale).nan_to_num().clamp(-3, 3)
         by_content = by_content + self.numbers(numbers)
-        by_content = by_content + self.mix(by_content)
+        by_content = (by_content + self.mix(by_content)).index_select(0, content.at)
         has_id = (ids >= 0).to(by_content.dtype)
         if ids_kept is not None:
             has_id = has_id * ids_kept
@@ -226,20 +227,31 @@ class ItemTower(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ContentTensors:
-    """`candidate.content.Content` on a device. Bags as (buckets, offsets, weights)."""
+    """`candidate.content.Content` on a device, items of which nothing is known sharing one row.
+
+    Bags as (buckets, offsets, weights).
+    """
 
     categories: tuple[Tensor, Tensor, Tensor]
     words: tuple[Tensor, Tensor, Tensor]
     numbers: Tensor
+    # The row of each item. [n]
+    at: Tensor
 
     @classmethod
     def of(cls, content: Content, device: torch.device | str = "cpu") -> "ContentTensors":
+        known = content.any()
+        first_unknown = np.flatnonzero(~known)[:1]
+        at = np.where(known, len(first_unknown) + np.cumsum(known) - 1, 0)
+        content = content.take(np.concatenate([first_unknown, np.flatnonzero(known)]))
+
         def bags(part: Bags) -> tuple[Tensor, Tensor, Tensor]:
             arrays = (part.buckets, part.offsets, part.weights)
             buckets, offsets, weights = (torch.from_numpy(array).to(device) for array in arrays)
             return buckets, offsets, weights
 
-        return cls(bags(content.categories), bags(content.words), torch.from_numpy(content.numbers).to(device))
+        numbers, rows = (torch.from_numpy(array).to(device) for array in (content.numbers, at))
+        return cls(bags(content.categories), bags(content.words), numbers, rows)
 
 
 class Towers(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 
 from candidate.content import item_content, without_rare_words
 from candidate.encoder import UserEncoder, encode_items
-from candidate.towers import TOWERS, TOWERS_CONFIG, Towers, load_towers, save_towers
+from candidate.towers import TOWERS, TOWERS_CONFIG, ContentTensors, Towers, load_towers, save_towers
 from core.errors import ArtifactError
 from features.catalog import Catalog
 from features.windows import UserState
@@ -149,6 +149,17 @@ def test_content_knows_categories_words_and_numbers() -> None:
     swapped = content.take(np.array([2, 0]))
     assert np.diff(swapped.words.offsets).tolist() == [1, 3]
     assert swapped.words.buckets[0] == content.words.buckets[3]
+
+
+def test_items_of_which_nothing_is_known_cost_one_row_and_change_no_vector(music: World) -> None:
+    known = Item(item_id="jazz-1", title="a record", categories=["jazz"])
+    items = [Item(item_id="jazz-2"), known, Item(item_id="never-seen"), Item(item_id="jazz-3"), known]
+    content = ContentTensors.of(item_content(items))
+    assert content.at.tolist() == [0, 1, 0, 0, 2]
+    assert len(content.numbers) == 3
+    together = encode_items(music.trained.towers, items)
+    alone = np.concatenate([encode_items(music.trained.towers, [item]) for item in items])
+    assert np.allclose(together, alone, atol=1e-6)
 
 
 def test_large_batches_in_bfloat16_stay_near(
