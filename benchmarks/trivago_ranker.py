@@ -137,7 +137,16 @@ def _row(one: ClickedList, known: Signals) -> Row:
     unknown = np.full(count, -1, np.int32)
     # The position is an input here (the list's own score), not a bias to be taken out, hence no list that was shown:
     # calibration then reads all candidates.
-    return Row(shown=False, features=known.features, user_vector=None, labels=labels, positions=unknown, missed_count=0)
+    weights = np.ones(len(labels), np.float32)
+    return Row(
+        shown=False,
+        features=known.features,
+        user_vector=None,
+        labels=labels,
+        positions=unknown,
+        weights=weights,
+        missed_count=0,
+    )
 
 
 def _interval(differences: npt.NDArray[Any]) -> tuple[float, float]:

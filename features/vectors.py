@@ -44,9 +44,13 @@ CANDIDATE_FEATURES = (
     "recency_in_history",
     "in_session",
     "shared_categories_with_last",
+    "log_years_from_last",
+    "log_years_from_recent",
     "retrieval_score",
     *(f"from_{source}" for source in SOURCES),
 )
+# Items of the history whose years say from which time the user likes things.
+_RECENT_YEARS = 10
 # Prior of the click-through rate: as if each item had been shown this often at this rate.
 _PRIOR_IMPRESSIONS, _PRIOR_CTR = 20.0, 0.05
 _DAY_MS = 86_400_000
@@ -178,12 +182,21 @@ def _candidates(
         if last >= 0:
             own = catalog.column("buckets")[last]
             out[:, 14] = (np.isin(buckets, own[own >= 0])).sum(axis=1) / max(1, int((own >= 0).sum()))
-        out[~known, :15] = 0.0
-    out[:, 15] = retrieval_scores
+            out[:, 15:17] = _years_apart(out[:, 7], catalog.column("year")[history_rows[history_rows >= 0]])
+        out[~known, :17] = 0.0
+    out[:, 17] = retrieval_scores
     first = CANDIDATE_FEATURES.index(f"from_{SOURCES[0]}")
     for bit in range(len(SOURCES)):
         out[:, first + bit] = (source_bits >> bit) & 1
     return out
+
+
+def _years_apart(years: Floats, of_history: Floats) -> Floats:
+    """From the last item and from the mean of the last ten, [C, 2]; as log(1 + years)."""
+    recent = of_history[-_RECENT_YEARS:]
+    # The catalogue counts in steps of twenty years.
+    apart: Floats = np.log1p(20 * np.abs(years[:, None] - np.array([[recent[-1], recent.mean()]], np.float32)))
+    return apart
 
 
 def popularity_at(catalog: Catalog, rows: Rows, now_ms: int, settings: FeaturesSettings) -> Floats:

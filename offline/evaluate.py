@@ -22,6 +22,7 @@ from features.stores.event_log import EventLog
 from features.windows import UserState
 from headrace.v1.events_pb2 import Item
 from offline.baselines import all_baselines
+from offline.co_visitation import PairsTimeline
 from offline.data.dataset import split_by_time, times_of
 from offline.logs import open_log
 from offline.models import Mask, Models
@@ -175,6 +176,7 @@ class _Predictor:
         self._seen: dict[str, set[int]] = {}
         self._baselines = all_baselines(self._count)
         self._tallies = [_Tally(name) for name in (*(b.name for b in self._baselines), RETRIEVAL, RANKING)]
+        self._pairs = PairsTimeline(list(read_entries(log)), settings)
         for group in self.replay.groups(read_entries(log, end_ms=split_ms)):
             self._observe(group)
         self._warm = {user for user, state in self.replay.states.items() if state.revision >= WARM_EVENTS}
@@ -228,7 +230,8 @@ class _Predictor:
     def _recommend(
         self, models: Models, state: UserState, catalog: Catalog, known: Mask, seen: set[int], now_ms: int
     ) -> tuple[Pool, Floats]:
-        moment = models.moment(catalog, known, now_ms)
+        # What goes together is learnt from the stream, too: as of now.
+        moment = models.moment(catalog, known, now_ms)._replace(pairs=self._pairs.before(now_ms))
         (pool,) = models.pools([state], catalog, moment, [np.fromiter(seen, np.int32, len(seen))])
         (scores,) = models.rank([state], catalog, [pool], now_ms)
         return pool, scores

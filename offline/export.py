@@ -40,7 +40,7 @@ from ranker.forms import (
     onnx_inputs,
     score_change,
 )
-from ranker.model import CLICK, HEADS, ItemTable, RankerBatch, RankerModel, load_ranker
+from ranker.model import CLICK, HEADS, ItemTable, RankerBatch, RankerModel, item_table, load_ranker
 from ranker.probe import Probe, load_probe
 from ranker.scorer import collate
 
@@ -244,7 +244,7 @@ def _table(folder: Path, settings: Settings) -> ItemTable:
     catalog = Catalog(settings.features)
     for item in read_delimited(folder / names.ITEMS, Item):
         catalog.upsert(item)
-    return ItemTable(read_item_vectors(folder), catalog.column("categories"))
+    return item_table(load_ranker(folder), read_item_vectors(folder), catalog.column("categories"), torch.device("cpu"))
 
 
 def _ndcg(network: Network, probe: Probe, batches: Sequence[RankerBatch], table: ItemTable) -> float:
@@ -267,4 +267,5 @@ def _example(model: RankerModel) -> tuple[RankerBatch, _Tables]:
         torch.zeros(users, candidates, dtype=torch.int64),
         torch.zeros(users, candidates, len(CANDIDATE_FEATURES)),
     )
-    return batch, _Tables(torch.zeros(5, dimension), torch.zeros(5, 4, dtype=torch.int32))
+    width = dimension + model.config.taste_width
+    return batch, _Tables(torch.zeros(5, width), torch.zeros(5, 4, dtype=torch.int32))

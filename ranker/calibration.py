@@ -37,7 +37,7 @@ class Calibration:
     """The scaling of each head by name; a head without one is taken as it is."""
 
     heads: Mapping[str, Platt] = field(default_factory=dict)
-    # What the probabilities are of: "impressions" (an item that is shown), or "sampled" candidate lists.
+    # What the probabilities are of: "impressions" (an item that is shown), "retrieved" or "sampled" lists.
     fitted_on: str = "none"
 
     def of(self, head: str) -> Platt:

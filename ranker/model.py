@@ -23,12 +23,14 @@ from core.bundle import RANKER, RANKER_CONFIG
 from core.errors import ArtifactError
 from features.catalog import CATEGORY_VOCABULARY, Floats, Rows
 from features.vectors import CANDIDATE_FEATURES, SIGNATURE, USER_FEATURES
+from ranker.similarities import SIMILARITIES, similarities
 
 HEADS = ("click", "conversion", "value")
 CLICK, CONVERSION, VALUE = range(len(HEADS))
 # Features far outside what training saw say no more than "very large".
 _CLIP = 6.0
-_SIMILARITIES = 5
+# Of a cosine of unit vectors, before training.
+FIRST_SHARPNESS = 8.0
 # Attention logits of padding: far below any real one, yet finite.
 _MASKED = -1e4
 
@@ -38,6 +40,9 @@ class RankerConfig:
     """Shape of the network, and what the artifact says of itself."""
 
     dimension: int
+    # Items of the catalogue that it was trained on, and the width of what it knows of each beside the towers' vectors.
+    items: int = 0
+    taste_width: int = 0
     item_width: int = 24
     category_width: int = 8
     attention_width: int = 32
@@ -75,7 +80,7 @@ class RankerBatch(NamedTuple):
 
 
 class Tables(Protocol):
-    """What rows of items mean: vectors [n + 1, d] and category numbers [n + 1, 4], row 0 for what is not known."""
+    """What rows of items mean: vectors [n + 1, d + taste_width], category numbers [n + 1, 4]; row 0: not known."""
 
     @property
     def vectors(self) -> Tensor: ...
@@ -114,6 +119,14 @@ class ItemTable:
         self.categories[row + 1 : end] = torch.from_numpy(np.ascontiguousarray(categories)).to(self._device)
 
 
+def item_table(model: "RankerModel", item_vectors: Floats, categories: Rows, device: torch.device) -> ItemTable:
+    """The towers' vectors [n, d] with the model's tastes beside them; zeros for items that it was not trained on."""
+    tastes = np.zeros((len(item_vectors), model.config.taste_width), np.float32)
+    trained = model.tastes.cpu().numpy()[: len(tastes)]
+    tastes[: len(trained)] = trained
+    return ItemTable(np.concatenate([item_vectors, tastes], 1), categories, device)
+
+
 class Cross(nn.Module):
     """One DCN-v2 layer with a low-rank matrix: x0 * (U V x + b) + x."""
 
@@ -134,14 +147,20 @@ class RankerModel(nn.Module):
     user_std: Tensor
     candidate_mean: Tensor
     candidate_std: Tensor
+    similarity_mean: Tensor
+    similarity_std: Tensor
+    # [items, taste_width]: which items the same people like; the scorer puts them beside the towers' vectors.
+    tastes: Tensor
 
     def __init__(self, config: RankerConfig) -> None:
         super().__init__()
         self.config = config
         dimension, width = config.dimension, config.attention_width
-        for name, features in (("user", len(USER_FEATURES)), ("candidate", len(CANDIDATE_FEATURES))):
+        widths_of = {"user": len(USER_FEATURES), "candidate": len(CANDIDATE_FEATURES), "similarity": SIMILARITIES}
+        for name, features in widths_of.items():
             self.register_buffer(f"{name}_mean", torch.zeros(features))
             self.register_buffer(f"{name}_std", torch.ones(features))
+        self.register_buffer("tastes", torch.zeros(config.items, config.taste_width))
         self.item = nn.Linear(dimension, config.item_width)
         self.category = nn.Embedding(CATEGORY_VOCABULARY, config.category_width, padding_idx=0)
         nn.init.normal_(self.category.weight, std=0.1)
@@ -155,13 +174,15 @@ class RankerModel(nn.Module):
         self.no_match = nn.Parameter(torch.zeros(1))
         self.user = nn.Linear(len(USER_FEATURES) + dimension + 1, config.user_width)
         total = (
-            len(CANDIDATE_FEATURES) + _SIMILARITIES + config.item_width + config.category_width + width
+            len(CANDIDATE_FEATURES) + SIMILARITIES + config.item_width + config.category_width + width
         ) + config.user_width
         self.crosses = nn.ModuleList(Cross(total, config.cross_rank) for _ in range(config.cross_layers))
         widths = [total, *config.hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.Linear(widths[-1] + total, len(HEADS))
+        # Of the user's vector's own say, to which the network adds.
+        self.sharpness = nn.Parameter(torch.full((1,), FIRST_SHARPNESS))
         # Index 0 = unknown position, as in every request.
         self.position = nn.Embedding(config.positions + 1, 1, padding_idx=0)
         nn.init.zeros_(self.position.weight)
@@ -175,14 +196,16 @@ class RankerModel(nn.Module):
             positions: only in training: where the candidate was shown, 0 = first, -1 = unknown [B, C].
         """
         vectors = table.vectors
-        candidates = embedding(batch.candidate_rows + 1, vectors)
-        history = embedding(batch.history_rows + 1, vectors)
+        whole_candidates = embedding(batch.candidate_rows + 1, vectors)
+        whole_history = embedding(batch.history_rows + 1, vectors)
+        alike = similarities(whole_candidates, whole_history, batch, self.config.dimension)
+        candidates, history = (one[..., : self.config.dimension] for one in (whole_candidates, whole_history))
         users = torch.cat([self._standard(batch.users, "user"), batch.user_vectors, batch.has_vector], -1)
         count = candidates.shape[1]
         x = torch.cat(
             [
                 self._standard(batch.candidates, "candidate"),
-                self._similarities(candidates, history, batch),
+                self._standard(alike, "similarity"),
                 self.item(candidates),
                 self._categories(batch.candidate_rows, table),
                 self._attend(candidates, history, batch),
@@ -197,17 +220,34 @@ class RankerModel(nn.Module):
         for layer in self.layers:
             deep = self.dropout(relu(layer(deep)))
         logits: Tensor = self.heads(torch.cat([crossed, deep], -1))
+        by_vector = self.sharpness * alike[..., :1]
+        logits = torch.cat([logits[..., :1] + by_vector, logits[..., 1:]], -1)
         if positions is not None:
             shown = positions.clamp(-1, self.config.positions - 1) + 1
             logits = logits + self.position(shown)
         return logits
 
-    def set_scale(self, users: Tensor, candidates: Tensor) -> None:
-        """Takes mean and standard deviation of the features from training rows, [n, F] each."""
-        for name, rows in (("user", users), ("candidate", candidates)):
+    def begin_as_retrieved(self) -> None:
+        """Sets the network to nothing: its order is that of the user's vector until it has learnt better."""
+        with torch.no_grad():
+            self.heads.weight.zero_()
+            self.heads.bias.zero_()
+
+    def alike(self, batch: RankerBatch, table: Tables) -> Tensor:
+        """The similarities as they are, [B, C, SIMILARITIES]."""
+        candidates, history = (
+            embedding(rows + 1, table.vectors) for rows in (batch.candidate_rows, batch.history_rows)
+        )
+        return similarities(candidates, history, batch, self.config.dimension)
+
+    def set_scale(self, users: Tensor, candidates: Tensor, similarities: Tensor | None = None) -> None:
+        """Takes mean and standard deviation of the inputs from training rows, [n, F] each."""
+        for name, rows in (("user", users), ("candidate", candidates), ("similarity", similarities)):
+            if rows is None:
+                continue
             getattr(self, f"{name}_mean").copy_(rows.mean(0))
             spread = rows.std(0) if len(rows) > 1 else torch.zeros(rows.shape[1])
-            # A feature that never varied in training must not shout when it does.
+            # What never varied in training must not shout when it does.
             getattr(self, f"{name}_std").copy_(torch.where(spread > 1e-3, spread, torch.ones_like(spread)))
 
     def _standard(self, values: Tensor, name: str) -> Tensor:
@@ -215,24 +255,6 @@ class RankerModel(nn.Module):
         # What is not a number stands at the mean.
         scaled = torch.nan_to_num((values - mean.to(values.dtype)) / std.to(values.dtype), nan=0.0)
         return scaled.clamp(-_CLIP, _CLIP).to(mean.dtype)
-
-    def _similarities(self, candidates: Tensor, history: Tensor, batch: RankerBatch) -> Tensor:
-        """Cosines with the user's vector, the last, the best and the average liked item of the history, [B, C, 5]."""
-        known = (batch.history_rows >= 0).to(candidates.dtype)
-        cosines = candidates @ history.transpose(1, 2)
-        user = (candidates @ batch.user_vectors.unsqueeze(2)).squeeze(2)
-        liked = known * batch.history_weights.clamp(min=0)
-        fresh = liked * torch.exp(-batch.history_ages)
-        return torch.stack(
-            [
-                user,
-                cosines[:, :, -1],
-                (cosines * known.unsqueeze(1)).amax(2),
-                (cosines @ liked.unsqueeze(2)).squeeze(2) / liked.sum(1, keepdim=True).clamp(min=1.0),
-                (cosines @ fresh.unsqueeze(2)).squeeze(2) / fresh.sum(1, keepdim=True).clamp(min=1.0),
-            ],
-            -1,
-        )
 
     def _categories(self, rows: Tensor, table: Tables) -> Tensor:
         """Mean embedding of each candidate's categories, [B, C, category_width]."""

@@ -14,7 +14,7 @@ from features.catalog import Floats, Rows
 from features.vectors import CANDIDATE_FEATURES, USER_FEATURES, RankerInput
 from ranker.calibration import Calibration
 from ranker.forms import Network, TorchNetwork
-from ranker.model import CLICK, CONVERSION, HEADS, VALUE, ItemTable, RankerBatch, RankerModel
+from ranker.model import CLICK, CONVERSION, HEADS, VALUE, RankerBatch, RankerModel, item_table
 
 # Candidates in one forward pass on a CPU: more fall out of its caches and take longer each.
 _CPU_ROWS = 2048
@@ -62,7 +62,7 @@ class Scorer:
         self.model = model.eval()
         # May be replaced by another form of the same.
         self.network: Network = TorchNetwork(model, self.device)
-        self.table = ItemTable(item_vectors, categories, self.device)
+        self.table = item_table(model, item_vectors, categories, self.device)
         self._calibration = [calibration.of(head) for head in HEADS]
         self._trained = [head in model.config.trained_heads for head in HEADS]
         self._rows_per_pass = _CPU_ROWS if self.device.type == "cpu" else _GPU_ROWS

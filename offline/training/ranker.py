@@ -29,6 +29,7 @@ from offline.training.ranker_fit import Split, Trainer
 from offline.training.ranker_quality import calibrate, order
 from offline.training.ranker_questions import Question, questions_of
 from offline.training.ranker_rows import Row, RowMaker
+from offline.training.tastes import tastes_of
 from offline.training.towers import TrainedTowers
 from ranker.calibration import save_calibration
 from ranker.model import CLICK, RankerModel, save_ranker
@@ -39,7 +40,7 @@ _log = get_logger("training")
 
 HELD_OUT_LISTS, SERVED_LISTS = 2000, 400
 # Of what the towers held out, the newest part is held out here too.
-HELD_OUT_SHARE, LEAST_LISTS = 0.4, 300
+HELD_OUT_SHARE, LEAST_LISTS = 0.3, 300
 
 
 Thing = TypeVar("Thing")
@@ -84,18 +85,25 @@ def train_ranker(
     reporter = Reporter(shown=progress)
     torch.manual_seed(settings.offline.seed)
     towers = towers.validated or towers
-    rows = _rows(list(read_entries(log, end_ms=before_ms)), items, towers, settings, reporter)
+    entries = list(read_entries(log, end_ms=before_ms))
+    rows = _rows(entries, items, towers, settings, reporter)
     if not any((row.labels[:, CLICK] > 0).any() for row in rows.train):
         raise ConfigError(
             f"event log {log.root} has nothing to train a ranker on: it needs events of features.positive_kinds by "
             "users with some history; import more events"
         )
     categories, chosen = _categories(items, settings), _device(device)
-    trainer = Trainer(rows, towers.item_vectors, categories, settings, chosen)
+    offline = settings.offline
+    learnt_ms = _time_at(entries, 1 - offline.validation_share) + 1
+    tastes = tastes_of(entries, items, settings.features, learnt_ms, offline.seed)
+    trainer = Trainer(rows, towers.item_vectors, categories, settings, chosen, tastes)
     epochs = trainer.run(reporter)
-    calibration, metrics = calibrate(trainer, rows.held_out)
+    calibration, metrics = calibrate(trainer, rows.held_out, rows.served)
     scorer = Scorer(trainer.model, towers.item_vectors, categories, calibration, chosen)
     metrics |= order(scorer, rows.served, towers.item_vectors)
+    # As the towers, which in the end learn from everything.
+    newest = tastes_of(entries, items, settings.features, entries[-1].time_ms + 1, offline.seed)
+    trainer.model.tastes.copy_(torch.from_numpy(newest))
     save_ranker(trainer.model, work)
     save_calibration(calibration, work)
     sample = _evenly(rows.served or rows.held_out or rows.train, MAX_LISTS)

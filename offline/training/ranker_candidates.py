@@ -22,12 +22,6 @@ from features.windows import UserState
 ANN, ITEM_TO_ITEM, CO_VISITATION, TRENDING, NEW = (
     1 << SOURCES.index(name) for name in ("ann", "item_to_item", "co_visitation", "trending", "new")
 )
-# Of the retrieved, the first this many are the ones that a user would see without a ranker: the hardest negatives.
-_HARD = 50
-# Shares of the drawn negatives: the hardest, the rest of what was retrieved, any item. Few hard ones: a ranker that
-# meets the head of the retrieval mostly as negatives learns to distrust it (with 0.6 its order is the worse one).
-_HARD_SHARE, _RETRIEVED_SHARE = 0.1, 0.8
-
 Mask = npt.NDArray[np.bool_]
 
 
@@ -106,6 +100,10 @@ class CandidateSources:
             bits[found] = pool.source_bits[order[at]][found]
         return scores, bits
 
+    def by_vector(self, pool: Pool) -> Floats:
+        """What the user's vector makes of each candidate, the pool's own scores where there is none, [C]."""
+        return pool.scores if pool.user_vector is None else self._vectors[pool.rows] @ pool.user_vector
+
     def _best(self, scores: torch.Tensor, hidden: torch.Tensor, count: int) -> list[tuple[Rows, Floats]]:
         top = scores.masked_fill_(hidden, -torch.inf).topk(min(count, scores.shape[1]), 1)
         rows, values = top.indices.numpy().astype(np.int32), top.values.numpy()
@@ -146,25 +144,19 @@ class CandidateSources:
         return rows, np.zeros(len(rows), np.float32)
 
 
-def draw(pool: Pool, moment: Moment, avoid: Rows, count: int, rng: np.random.Generator) -> Rows:
-    """Negatives for a question, at most `count`, no row twice: hard ones, others that were retrieved, any items."""
-    free = moment.known.copy()
-    free[avoid] = False
-    retrieved = pool.rows[free[pool.rows]]
-    hard = _sample(retrieved[:_HARD], round(count * _HARD_SHARE), rng)
-    rest = _sample(retrieved[_HARD:], round(count * _RETRIEVED_SHARE), rng)
-    left = count - len(hard) - len(rest)
-    free[hard] = free[rest] = False
-    # Drawn from all rows, then thinned: cheaper than listing the free ones where most are free.
-    anywhere = rng.integers(0, len(free), 4 * left + 8)
-    anywhere = anywhere[free[anywhere]]
-    others = _sample(np.flatnonzero(free), left, rng) if len(anywhere) < left else np.unique(anywhere[:left])
-    return np.concatenate([hard, rest, others]).astype(np.int32)
+def draw(pool: Pool, by_vector: Floats, avoid: Rows, count: int, rng: np.random.Generator) -> tuple[Rows, Floats]:
+    """Candidates of a retrieved list, at most `count`, and how many of it each stands for.
 
-
-def _sample(rows: npt.NDArray[np.integer[Any]], count: int, rng: np.random.Generator) -> Rows:
-    chosen: Rows = rng.permutation(rows)[:count].astype(np.int32)
-    return chosen
+    Half are the first by the user's vector, which decide the order's head and stand for themselves; the others are
+    drawn from the rest. So a loss over them, each counted with its weight, is one over the whole list.
+    """
+    free = np.flatnonzero(~np.isin(pool.rows, avoid))
+    free = free[np.argsort(-by_vector[free], kind="stable")]
+    head, rest = free[: count // 2], free[count // 2 :]
+    drawn = rng.permutation(rest)[: count - len(head)]
+    weights = np.ones(len(head) + len(drawn), np.float32)
+    weights[len(head) :] = len(rest) / max(1, len(drawn))
+    return pool.rows[np.concatenate([head, drawn])], weights
 
 
 def _top(values: npt.NDArray[Any], count: int) -> Rows:

@@ -20,7 +20,7 @@ from features.catalog import Floats, Rows
 from features.vectors import CANDIDATE_FEATURES
 from offline.reporting import Reporter
 from offline.training.ranker_rows import Row
-from ranker.model import CLICK, CONVERSION, HEADS, VALUE, ItemTable, RankerBatch, RankerConfig, RankerModel
+from ranker.model import CLICK, CONVERSION, HEADS, VALUE, RankerBatch, RankerConfig, RankerModel, item_table
 from ranker.scorer import collate
 
 LISTS_PER_STEP = 48
@@ -34,6 +34,8 @@ CONVERSION_WEIGHT, VALUE_WEIGHT = 0.5, 0.3
 VECTOR_DROPOUT, SCORE_DROPOUT = 0.1, 0.3
 # Labels that a head needs to be trained.
 LEAST_LABELS = 50
+# Lists that the scale of similarities is taken from.
+_SCALE_LISTS = 500
 _SCORE = CANDIDATE_FEATURES.index("retrieval_score")
 
 
@@ -55,6 +57,7 @@ class Trainer:
         categories: Rows,
         settings: Settings,
         device: torch.device,
+        tastes: Floats | None = None,
     ) -> None:
         self._rows, self._vectors, self._settings, self._device = rows, item_vectors, settings, device
         labels = np.concatenate([row.labels for row in rows.train])
@@ -63,14 +66,25 @@ class Trainer:
             trained.append("conversion")
         if float(np.isfinite(labels[:, VALUE]).sum()) >= LEAST_LABELS:
             trained.append("value")
-        self.model = RankerModel(RankerConfig(item_vectors.shape[1], trained_heads=tuple(trained)))
-        self.model.set_scale(
-            torch.from_numpy(np.stack([row.features.user for row in rows.train])),
-            torch.from_numpy(np.concatenate([row.features.candidates for row in rows.train])),
-        )
+        items, width = (0, 0) if tastes is None else tastes.shape
+        self.model = RankerModel(RankerConfig(item_vectors.shape[1], items, width, trained_heads=tuple(trained)))
+        if tastes is not None:
+            self.model.tastes.copy_(torch.from_numpy(tastes))
+        self.model.begin_as_retrieved()
         self.model.to(device)
-        self._table = ItemTable(item_vectors, categories, device)
+        self._table = item_table(self.model, item_vectors, categories, device)
         self._rng = np.random.default_rng(settings.offline.seed)
+        self._set_scale()
+
+    def _set_scale(self) -> None:
+        rows = self._rows.train
+        sample = self._batch([rows[int(at)] for at in np.linspace(0, len(rows) - 1, min(len(rows), _SCALE_LISTS))])
+        there = torch.isfinite(sample.labels[:, :, CLICK])
+        self.model.set_scale(
+            torch.from_numpy(np.stack([row.features.user for row in rows])).to(self._device),
+            torch.from_numpy(np.concatenate([row.features.candidates for row in rows])).to(self._device),
+            self.model.alike(sample.inputs, self._table)[there],
+        )
 
     def run(self, reporter: Reporter) -> int:
         """Trains for all epochs, or until the time is over; returns the number of the one that is kept."""
@@ -115,15 +129,18 @@ class Trainer:
         longest = inputs.candidates.shape[1]
         labels = np.full((len(rows), longest, len(HEADS)), np.nan, np.float32)
         positions = np.full((len(rows), longest), -1, np.int64)
+        weights = np.ones((len(rows), longest), np.float32)
         for index, row in enumerate(rows):
             labels[index, : len(row.labels)] = row.labels
             positions[index, : len(row.labels)] = row.positions
+            weights[index, : len(row.labels)] = row.weights
         if training:
             inputs = self._without_some(inputs)
         return _Batch(
             inputs.to(self._device),
             torch.from_numpy(labels).to(self._device),
             torch.from_numpy(positions).to(self._device),
+            torch.from_numpy(weights).to(self._device),
         )
 
     def _without_some(self, inputs: RankerBatch) -> RankerBatch:
@@ -133,20 +150,20 @@ class Trainer:
         inputs.candidates[:, :, _SCORE][blind] = self.model.candidate_mean[_SCORE].cpu()
         return inputs._replace(user_vectors=inputs.user_vectors * keep, has_vector=inputs.has_vector * keep)
 
-    def _loss(self, model: nn.Module, batch: "_Batch") -> Tensor:
-        logits = model(batch.inputs, self._table, batch.positions)
+    def _loss(self, model: nn.Module, batch: "_Batch", *, with_positions: bool = True) -> Tensor:
+        logits = model(batch.inputs, self._table, batch.positions if with_positions else None)
         click = batch.labels[:, :, CLICK]
         there = torch.isfinite(click)
         wanted = torch.where(there, click, torch.zeros_like(click))
         clicks = wanted.sum(1)
-        shares = logits[:, :, CLICK].masked_fill(~there, -1e4).log_softmax(1)
+        shares = (logits[:, :, CLICK] + batch.weights.log()).masked_fill(~there, -1e4).log_softmax(1)
         asked = clicks > 0
         listwise = -((shares * wanted).sum(1) / clicks.clamp(min=1))[asked]
-        loss: Tensor = listwise.sum() / asked.sum().clamp(min=1) + _entropy(logits, batch.labels, CLICK)
+        loss: Tensor = listwise.sum() / asked.sum().clamp(min=1) + _entropy(logits, batch, CLICK)
         if "conversion" in self.model.config.trained_heads:
-            loss = loss + CONVERSION_WEIGHT * _entropy(logits, batch.labels, CONVERSION)
+            loss = loss + CONVERSION_WEIGHT * _entropy(logits, batch, CONVERSION)
         if "value" in self.model.config.trained_heads:
-            loss = loss + VALUE_WEIGHT * _entropy(logits, batch.labels, VALUE)
+            loss = loss + VALUE_WEIGHT * _entropy(logits, batch, VALUE)
         return loss
 
     def _held_out_loss(self, model: nn.Module) -> float:
@@ -154,7 +171,7 @@ class Trainer:
         model.eval()
         with torch.inference_mode():
             losses = [
-                float(self._loss(model, self._batch(lists)._replace(positions=None)))
+                float(self._loss(model, self._batch(lists), with_positions=False))
                 for lists in self._steps(rows, shuffle=False)
             ]
         return float(np.mean(losses))
@@ -177,12 +194,21 @@ class _Batch(NamedTuple):
     inputs: RankerBatch
     # [B, C, heads]; NaN = not known, or padding.
     labels: Tensor
-    positions: Tensor | None
+    # Where it was shown, -1 = it was not. [B, C]
+    positions: Tensor
+    # [B, C]
+    weights: Tensor
 
 
-def _entropy(logits: Tensor, labels: Tensor, head: int) -> Tensor:
+def _entropy(logits: Tensor, batch: _Batch, head: int) -> Tensor:
     """Mean cross-entropy over the candidates whose label is known."""
-    known = torch.isfinite(labels[:, :, head])
+    known = torch.isfinite(batch.labels[:, :, head])
+    if head == CLICK:
+        # Of a list that was shown, what was not in it was not refused.
+        shown = batch.positions >= 0
+        known &= shown | ~shown.any(1, keepdim=True)
     if not bool(known.any()):
         return logits.sum() * 0
-    return binary_cross_entropy_with_logits(logits[:, :, head][known], labels[:, :, head][known])
+    weights = batch.weights[known]
+    made = binary_cross_entropy_with_logits(logits[:, :, head][known], batch.labels[:, :, head][known], weights)
+    return made * len(weights) / weights.sum()

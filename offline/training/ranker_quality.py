@@ -22,28 +22,35 @@ LEAST_SHOWN_CLICKS = 100
 _SCORE = CANDIDATE_FEATURES.index("retrieval_score")
 
 
-def calibrate(trainer: Trainer, held_out: Sequence[Row]) -> tuple[Calibration, dict[str, float]]:
+def calibrate(
+    trainer: Trainer, held_out: Sequence[Row], served: Sequence[Row] = ()
+) -> tuple[Calibration, dict[str, float]]:
     """Fits each head on every other held-out list and measures it on the rest.
 
     On lists that were shown where there are enough of them, so that a probability is one of being clicked when
-    shown; else on lists with drawn negatives.
+    shown; else on whole retrieved lists, where it is one of being chosen when retrieved.
     """
     if not held_out:
         return Calibration(), {}
     shown = [row for row in held_out if row.shown]
     clicks = sum(float((row.labels[:, CLICK] > 0).sum()) for row in shown)
     on_shown = clicks >= LEAST_SHOWN_CLICKS
-    lists = shown if on_shown else held_out
-    fit, check = (trainer.logits(lists[start::2], only_shown=on_shown) for start in (0, 1))
+    lists = shown if on_shown else served or held_out
     heads, metrics = {}, {}
     for head in trainer.model.config.trained_heads:
         index = HEADS.index(head)
-        (x, y), (x_check, y_check) = (_known(part, index) for part in (fit, check))
+        # Of the other heads only what was chosen has labels, which all held-out lists have.
+        whose, only_shown = (lists, on_shown) if head == "click" else (held_out, False)
+        parts = (trainer.logits(whose[start::2], only_shown=only_shown) for start in (0, 1))
+        (x, y), (x_check, y_check) = (_known(part, index) for part in parts)
         heads[head] = fit_platt(x, y)
         name = "ece" if head == "click" else f"{head}_ece"
         metrics[name] = expected_calibration_error(heads[head](x_check), y_check)
     x, y = _known(trainer.logits(held_out, only_shown=False), CLICK)
-    return Calibration(heads, "impressions" if on_shown else "sampled"), {**metrics, "auc": auc(x, y)}
+    return Calibration(heads, "impressions" if on_shown else "retrieved" if served else "sampled"), {
+        **metrics,
+        "auc": auc(x, y),
+    }
 
 
 def order(scorer: Scorer, served: Sequence[Row], item_vectors: Floats) -> dict[str, float]:

@@ -12,8 +12,6 @@ from core.settings import Settings
 from features.windows import UserEvent
 from offline.replay import Entry, Shown
 
-# Stars from which a rating is a wish for more; below it is a refusal.
-_LIKED_STARS = 3.5
 _LEAST_STARS, _STARS_RANGE = 0.5, 4.5
 _FULL_DWELL_SECONDS = 120.0
 # Kinds that weigh this much are conversions (cart, purchase).
@@ -95,8 +93,8 @@ class _Asking:
     def _answer(self, question: Question, event: UserEvent) -> None:
         item_id = event.item_id
         if event.kind in self._features.positive_kinds:
-            liked = event.kind != "rating" or event.value >= _LIKED_STARS
-            question.click[item_id] = max(question.click.get(item_id, 0.0), float(liked))
+            # Choosing it is what retrieval and ranking foretell; how well it was liked is the value.
+            question.click[item_id] = 1.0
             if self._features.kind_weights.get(event.kind, 0.0) >= _CONVERSION_WEIGHT:
                 question.conversion[item_id] = 1.0
         if event.kind == "rating":

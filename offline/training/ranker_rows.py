@@ -27,6 +27,8 @@ from offline.training.ranker_timeline import Timeline
 
 # Answered items of one question that are kept: more would crowd out the other candidates.
 _MOST_ANSWERED = 8
+# Of a list that nobody was shown so many times more candidates are drawn: it has no refused ones of its own.
+_DRAWN = 4
 _QUESTIONS_AT_ONCE = 128
 
 Labels = npt.NDArray[np.float32]
@@ -43,6 +45,8 @@ class Row(NamedTuple):
     labels: Labels
     # Where each candidate was shown, 0 = first, -1 = it was not. [C]
     positions: Rows
+    # How many candidates of the list each stands for: 1, or more for one that was drawn from many. [C]
+    weights: Floats
     # Items that the user clicked and that no source had brought (only where a whole pool was asked for).
     missed_count: int
 
@@ -53,6 +57,7 @@ class _Chosen(NamedTuple):
     source_bits: Rows
     user_vector: Floats | None
     answered: Rows
+    weights: Floats
     missed_count: int
 
 
@@ -143,20 +148,23 @@ class RowMaker:
         clicked = self._rows_of((item for item, label in question.click.items() if label > 0), len(moment.known))
         wanted = np.intersect1d(clicked, answered)
         missed = int((~np.isin(wanted, rows)).sum())
-        return _Chosen(rows, pool.scores[fresh], pool.source_bits[fresh], pool.user_vector, answered, missed)
+        bits, weights = pool.source_bits[fresh], np.ones(len(rows), np.float32)
+        return _Chosen(rows, pool.scores[fresh], bits, pool.user_vector, answered, weights, missed)
 
     def _drawn(self, question: Question, pool: Pool, moment: Moment, seen: Rows, rng: np.random.Generator) -> _Chosen:
-        """The answered items and some negatives."""
+        """The answered items and some negatives; of events that no list led to, only items that were retrieved."""
         answered = self._answered(question, moment)
-        if not question.shown and len(answered) > _MOST_ANSWERED:
-            answered = rng.choice(answered, _MOST_ANSWERED, replace=False)
+        avoid = np.concatenate([seen, self._rows_of(question.click, len(moment.known))])
         count = self._settings.offline.ranker_negatives
-        rows = answered
-        if len(answered):
-            avoid = np.concatenate([seen, self._rows_of(question.click, len(moment.known))])
-            rows = np.concatenate([answered, draw(pool, moment, avoid, count, rng)])
+        if not question.shown:
+            count *= _DRAWN
+            answered = answered[np.isin(answered, pool.rows)]
+            answered = rng.permutation(answered)[:_MOST_ANSWERED]
+        others, weights = draw(pool, self._sources.by_vector(pool), avoid, count, rng)
+        rows = np.concatenate([answered, others]) if len(answered) else answered
         scores, bits = self._sources.provenance(pool, rows)
-        return _Chosen(rows, scores, bits, pool.user_vector, answered, 0)
+        weights = np.concatenate([np.ones(len(answered), np.float32), weights])[: len(rows)]
+        return _Chosen(rows, scores, bits, pool.user_vector, answered, weights, 0)
 
     def _row(self, question: Question, chosen: _Chosen, replay: Replay) -> Row:
         now_ms, features = question.time_ms, self._settings.features
@@ -176,4 +184,4 @@ class RowMaker:
                     question.value.get(item_id, np.nan),
                 )
                 positions[index] = shown_at.get(item_id, -1)
-        return Row(question.shown, made, chosen.user_vector, labels, positions, chosen.missed_count)
+        return Row(question.shown, made, chosen.user_vector, labels, positions, chosen.weights, chosen.missed_count)

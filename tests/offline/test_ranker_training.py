@@ -28,7 +28,15 @@ from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
 from offline.co_visitation import PairsTimeline
 from offline.replay import Replay, Shown, read_entries
 from offline.training.ranker import train_ranker
-from offline.training.ranker_candidates import ANN, CO_VISITATION, ITEM_TO_ITEM, CandidateSources, Moment, Pool, draw
+from offline.training.ranker_candidates import (
+    ANN,
+    CO_VISITATION,
+    ITEM_TO_ITEM,
+    CandidateSources,
+    Moment,
+    Pool,
+    draw,
+)
 from offline.training.ranker_quality import auc, ndcg
 from offline.training.ranker_questions import Question, questions_of
 from offline.training.ranker_rows import RowMaker
@@ -78,10 +86,10 @@ class TestQuestions:
         (question,) = self.make([event("u", 0, "a", "click"), event("u", 0, "b", "view")], small)
         assert question.click == {"a": 1.0, "b": 1.0}
 
-    def test_a_low_rating_is_a_no_with_a_value(self, small: Settings) -> None:
+    def test_a_low_rating_is_a_choice_of_little_value(self, small: Settings) -> None:
         good, bad = self.make([event("u", 0, "a", "rating", 3.5), event("u", 1, "b", "rating", 1)], small)
         assert (good.click, good.value) == ({"a": 1.0}, {"a": pytest.approx(3 / 4.5)})
-        assert (bad.click, bad.value) == ({"b": 0.0}, {"b": pytest.approx(0.5 / 4.5)})
+        assert (bad.click, bad.value) == ({"b": 1.0}, {"b": pytest.approx(0.5 / 4.5)})
 
     def test_what_may_not_be_recommended_again_asks_nothing(self, small: Settings) -> None:
         questions = self.make([event("u", 0, "a", "purchase"), event("u", 60, "a", "click")], small)
@@ -121,28 +129,19 @@ def test_the_timeline_has_the_histories_of_the_states(shop: EventLog, small: Set
     assert looked_at > 500
 
 
-def test_negatives_are_none_of_the_avoided_and_none_twice() -> None:
-    rng = np.random.default_rng(1)
-    known = np.ones(300, np.bool_)
-    known[250:] = False
-    moment = Moment(known, np.zeros(300, np.float32), np.zeros(300, np.int64))
-    pool = Pool(None, np.arange(200, dtype=np.int32), np.linspace(1, 0, 200, dtype=np.float32), np.full(200, ANN))
-    avoid = np.arange(0, 250, 3, dtype=np.int32)
-    for _ in range(20):
-        rows = draw(pool, moment, avoid, 20, rng)
-        assert 16 <= len(rows) == len(set(rows.tolist()))
-        assert not np.isin(rows, avoid).any()
-        assert known[rows].all()
-
-
-def test_a_pool_without_enough_gives_what_there_is() -> None:
-    known = np.zeros(10, np.bool_)
-    known[:4] = True
-    moment = Moment(known, np.zeros(10, np.float32), np.zeros(10, np.int64))
-    nothing = np.zeros(0, np.int32)
-    pool = Pool(None, nothing, nothing.astype(np.float32), nothing)
-    rows = draw(pool, moment, np.array([1], np.int32), 20, np.random.default_rng(0))
-    assert sorted(rows.tolist()) == [0, 2, 3]
+def test_a_drawn_list_has_its_head_and_stands_for_the_whole() -> None:
+    by_vector = np.random.default_rng(0).permutation(200).astype(np.float32)
+    pool = Pool(None, np.arange(1000, 1200, dtype=np.int32), by_vector, np.full(200, ANN))
+    avoid = np.array([1000, 1001], np.int32)
+    rows, weights = draw(pool, by_vector, avoid, 40, np.random.default_rng(1))
+    assert len(rows) == len(set(rows.tolist())) == 40
+    assert not np.isin(rows, avoid).any()
+    best = [int(row) for row in 1000 + np.argsort(-by_vector) if row not in avoid]
+    assert rows[:20].tolist() == best[:20]
+    assert weights[:20].tolist() == [1.0] * 20
+    assert weights.sum() == pytest.approx(198)
+    few, alone = draw(pool, by_vector, avoid, 1000, np.random.default_rng(1))
+    assert (len(few), alone.tolist()) == (198, [1.0] * 198)
 
 
 # A world with a planted preference: everybody clicks items of one taste; vectors of items say the taste, the user
@@ -223,7 +222,7 @@ def test_a_planted_preference_is_learnt(trained: Trained) -> None:
 def test_the_probabilities_are_calibrated(trained: Trained) -> None:
     work, metrics = trained
     assert metrics["ece"] < 0.06
-    assert load_calibration(work).fitted_on in ("impressions", "sampled")
+    assert load_calibration(work).fitted_on in ("impressions", "retrieved")
 
 
 def test_the_files_are_there_and_the_ranker_follows_a_click(

@@ -13,7 +13,7 @@ from core.bundle import ReleaseBundle
 from core.clock import ManualClock
 from core.errors import ArtifactError, ConfigError
 from core.settings import Settings
-from features.vectors import RankerInput
+from features.vectors import CANDIDATE_FEATURES, RankerInput
 from features.windows import UserState
 from offline import export
 from offline.export import Drift, export_form, write_triton
@@ -175,7 +175,7 @@ def test_the_triton_repository_holds_items_and_scores_alike(
     home = write_triton(bundle.path, tmp_path / "triton", registry_settings)
     config = (home / "config.pbtxt").read_text()
     assert "dynamic_batching" in config
-    assert 'input { name: "candidates" data_type: TYPE_FP32 dims: [ -1, 22 ] }' in config
+    assert f'input {{ name: "candidates" data_type: TYPE_FP32 dims: [ -1, {len(CANDIDATE_FEATURES)} ] }}' in config
     import onnxruntime
 
     session = onnxruntime.InferenceSession(home / "1" / "model.onnx", providers=["CPUExecutionProvider"])

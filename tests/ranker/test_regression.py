@@ -19,7 +19,7 @@ from ranker.calibration import Calibration, Platt
 from ranker.model import HEADS, RankerConfig, RankerModel
 from ranker.scorer import Scorer
 
-DIMENSION, ITEMS = 16, 40
+DIMENSION, ITEMS, TASTE_WIDTH = 16, 40, 8
 TOLERANCE = 0.02
 RECORDED = Path(__file__).with_name("recorded_scores.json")
 State = Callable[..., UserState]
@@ -28,7 +28,7 @@ Input = Callable[..., RankerInput]
 
 def fixed_model() -> RankerModel:
     """Weights from numpy's uniform stream, which does not change: the same on every machine and with every torch."""
-    model = RankerModel(RankerConfig(DIMENSION, trained_heads=HEADS)).eval()
+    model = RankerModel(RankerConfig(DIMENSION, ITEMS, TASTE_WIDTH, trained_heads=HEADS)).eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if not name.endswith(("_mean", "_std")):
