@@ -4,14 +4,13 @@ The stream writes the rows and broadcasts them; replicas add them up in `feature
 writer (the worker that owns the partition) and carries the offsets that it includes, so a replay changes nothing.
 """
 
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from core.codec import varint
 from core.settings import FeaturesSettings
-from features import decay, positions
+from features import decay, positions, wire
 from features.positions import Offsets
 from features.transforms import engagement_weight, stable_hash
 from features.windows import OTHER_KINDS, Position, UserEvent
@@ -20,9 +19,10 @@ from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
 # Of one row; segments are few, and who invents one for each event must not make rows grow without end.
 SEGMENTS_MAX = 64
 _OFFSETS_FIELD = ItemStatsProto.OFFSETS_FIELD_NUMBER
-# Beginnings of the length-delimited entries below, and the double that each of them ends with.
-_KIND, _POPULARITY, _SEGMENT = (bytes((number << 3 | 2,)) for number in (6, 7, 8))
-_SUM = struct.Struct("<Bd")
+_KIND, _POPULARITY, _SEGMENT = map(
+    wire.tag,
+    (ItemStatsProto.KINDS_FIELD_NUMBER, ItemStatsProto.POPULARITY_FIELD_NUMBER, ItemStatsProto.SEGMENTS_FIELD_NUMBER),
+)
 
 
 @dataclass(slots=True)
@@ -127,27 +127,15 @@ def encode(item_id: str, source_partition: int, partial: ItemPartial, settings: 
         revision=partial.revision,
         watermark_ms=partial.watermark_ms,
     )
-    # Messages in bytes may be joined. The entries are put together by hand, at half the cost of messages: each batch
-    # writes thousands of rows.
+    # Messages in bytes may be joined.
     parts = [proto.SerializeToString(), positions.encode(partial.offsets, _OFFSETS_FIELD)]
     for kind, (count, value_sum) in sorted(partial.kinds.items()):
-        parts += _entry(_KIND, _name(kind) + b"\x10" + varint(count), value_sum)
+        parts += wire.entry(_KIND, wire.name(kind) + b"\x10" + varint(count), value_sum)
     for half_life_seconds, (landmark, total) in zip(settings.half_lives_seconds, partial.popularity, strict=False):
-        parts += _entry(_POPULARITY, _half_life(half_life_seconds, landmark), total)
+        parts += wire.entry(_POPULARITY, _half_life(half_life_seconds, landmark), total)
     for name, (landmark, total) in sorted(partial.segments.items()):
-        parts += _entry(_SEGMENT, _name(name) + b"\x10" + varint(landmark), total)
+        parts += wire.entry(_SEGMENT, wire.name(name) + b"\x10" + varint(landmark), total)
     return b"".join(parts)
-
-
-def _entry(tag: bytes, head: bytes, total: float) -> tuple[bytes, bytes, bytes, bytes]:
-    tail = _SUM.pack(0x19, total)
-    return tag, varint(len(head) + len(tail)), head, tail
-
-
-@lru_cache(maxsize=1024)
-def _name(name: str) -> bytes:
-    raw = name.encode()
-    return b"\x0a" + varint(len(raw)) + raw
 
 
 @lru_cache(maxsize=1024)

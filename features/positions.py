@@ -7,8 +7,10 @@ bytes, so that rows can be compared and set by them.
 
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 
 from core.codec import varint
+from features import wire
 from headrace.v1.events_pb2 import SourceOffset
 from headrace.v1.store_pb2 import SourceOffsets
 
@@ -16,7 +18,6 @@ Offsets = dict[tuple[int, int], int]
 
 # Field 1 of an entry, a fixed64.
 _SOURCE = struct.Struct("<BQ")
-_LENGTH_DELIMITED = 2
 
 
 def encode(offsets: Offsets, field: int = 1) -> bytes:
@@ -24,19 +25,22 @@ def encode(offsets: Offsets, field: int = 1) -> bytes:
 
     Put together by hand, which costs less than messages do: each row of each batch has one or two.
     """
-    tag = bytes((field << 3 | _LENGTH_DELIMITED,))
+    beginning = wire.tag(field)
     parts: list[bytes] = []
     # Most rows are of one topic alone.
     entries = sorted(offsets.items()) if len(offsets) > 1 else offsets.items()
     for (source, partition), offset in entries:
-        entry = _SOURCE.pack(0x09, source)
+        entry = _where(source, partition)
         # As protobuf does it: what is 0 is left out.
-        if partition:
-            entry += b"\x10" + varint(partition)
         if offset:
             entry += b"\x18" + varint(offset)
-        parts += (tag, bytes((len(entry),)), entry)
+        parts += (beginning, bytes((len(entry),)), entry)
     return b"".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def _where(source: int, partition: int) -> bytes:
+    return _SOURCE.pack(0x09, source) + (b"\x10" + varint(partition) if partition else b"")
 
 
 def decode(raw: bytes) -> Offsets:

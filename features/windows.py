@@ -13,10 +13,10 @@ from itertools import accumulate
 from operator import sub
 from typing import Any, NamedTuple
 
-from core.codec import to_ms
+from core.codec import to_ms, varint
 from core.errors import MalformedEventError
 from core.settings import FeaturesSettings
-from features import decay, positions
+from features import decay, positions, wire
 from features.positions import Offsets
 from features.transforms import category_bucket, engagement_weight, stable_hash
 from headrace.v1.events_pb2 import Event, Feedback, ImpressionList
@@ -26,6 +26,9 @@ ENCODING = 1
 IMPRESSION = "impression"
 OTHER_KINDS = "other"
 _OFFSETS_FIELD = UserStateProto.OFFSETS_FIELD_NUMBER
+_KIND, _AFFINITY = map(
+    wire.tag, (UserStateProto.KIND_COUNTERS_FIELD_NUMBER, UserStateProto.CATEGORY_AFFINITY_FIELD_NUMBER)
+)
 
 
 # What a NamedTuple's own constructor calls, at half its cost; whoever uses it gives each field, in order.
@@ -246,14 +249,19 @@ def encode(state: UserState) -> bytes:
         **_history_fields(state.history),
         **_horizon_fields(state.horizon),
     )
-    for kind, (count, value_sum) in sorted(state.kinds.items()):
-        proto.kind_counters.add(kind=kind, count=count, value_sum=value_sum)
-    # An event counts at every half-life, so all have the same buckets.
-    buckets = sorted(state.affinity[0][1]) if state.affinity else []
-    for landmark, sums in state.affinity:
-        proto.category_affinity.add(landmark=landmark, bucket=buckets, sum=[sums[bucket] for bucket in buckets])
     # Messages in bytes may be joined: a repeated field may stand anywhere.
-    return proto.SerializeToString() + positions.encode(state.offsets, _OFFSETS_FIELD)
+    parts = [proto.SerializeToString(), positions.encode(state.offsets, _OFFSETS_FIELD)]
+    for kind, (count, value_sum) in sorted(state.kinds.items()):
+        parts += wire.entry(_KIND, wire.name(kind) + b"\x10" + varint(count), value_sum)
+    if state.affinity:
+        # An event counts at every half-life, so all have the same buckets.
+        buckets = sorted(state.affinity[0][1])
+        packed = wire.packed_varints(buckets)
+        head = b"\x12" + varint(len(packed)) + packed + b"\x1a" + varint(8 * len(buckets))
+        for landmark, sums in state.affinity:
+            decayed = b"\x08" + varint(landmark) + head + wire.packed_doubles([sums[bucket] for bucket in buckets])
+            parts += (_AFFINITY, varint(len(decayed)), decayed)
+    return b"".join(parts)
 
 
 def _history_fields(history: list[Interaction]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import ClusterDownError
 
 from core.settings import RedisSettings
-from features.stores.link import AnotherRedisError, Command, connection_options, greet
+from features.stores.link import AnotherRedisError, Command, connection_options, greet, packed
 
 Address = tuple[str, int]
 
@@ -49,8 +49,7 @@ class ClusterLink:
             # All of them before the first command: it is now that a primary shows itself as another one.
             connections.extend((address, self._pools[address].get_connection()) for address in parts)
             for address, connection in connections:
-                packed = connection.pack_commands([commands[index] for index in parts[address]])
-                connection.send_packed_command([b"".join(packed)])
+                connection.send_packed_command([packed([commands[index] for index in parts[address]])])
             for address, connection in connections:
                 for index in parts[address]:
                     answers[index] = connection.read_response()

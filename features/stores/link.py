@@ -5,9 +5,10 @@ Redis and is never sent twice, and a Redis that is another one than before raise
 before a command reaches it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import hiredis
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -49,8 +50,7 @@ class RedisLink:
             return []
         connection: Any = self._pool.get_connection()
         try:
-            # As one buffer: redis-py would make a system call for every few commands.
-            connection.send_packed_command([b"".join(connection.pack_commands(commands))])
+            connection.send_packed_command([packed(commands)])
             return [connection.read_response() for _ in commands]
         except BaseException:
             # Answers may be left in it; and a new one has the scripts again.
@@ -71,6 +71,12 @@ class RedisLink:
         if before is not None and run_id != before:
             # Now, before the command that wanted this connection: a marker must not be set on rows that are gone.
             raise AnotherRedisError
+
+
+def packed(commands: Sequence[Command]) -> bytes:
+    """Commands as they go over the wire, in one buffer: redis-py would make a system call for every few of them."""
+    pack: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
+    return b"".join(map(pack, commands))
 
 
 def connection_options(settings: RedisSettings) -> dict[str, Any]:
