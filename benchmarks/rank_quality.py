@@ -47,7 +47,7 @@ def main() -> int:
     try:
         settings = load_settings()
         configure_logging(settings.telemetry, "benchmarks")
-        folder = _folder(arguments.dataset, arguments.data)
+        folder = folder_of(arguments.dataset, arguments.data)
         with tempfile.TemporaryDirectory() as scratch:
             work = arguments.work or Path(scratch)
             log = work / folder.name
@@ -100,7 +100,7 @@ def _row(made: Evaluation, name: str) -> Any:
     return next(row for row in made.rows if row.name == name)
 
 
-def _folder(dataset: str, data: Path | None) -> Path:
+def folder_of(dataset: str, data: Path | None) -> Path:
     tried = [Path(dataset), *(folder / dataset for folder in ((data,) if data else _FOLDERS))]
     for folder in tried:
         if folder.is_dir():
