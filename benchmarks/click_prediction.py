@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,7 +174,7 @@ def _fit(model: Predictor, train: Rows, validation: Rows, epochs: int) -> int:
     best, kept, state = 0.0, 0, copy.deepcopy(model.state_dict())
     for epoch in range(1, epochs + 1):
         model.train()
-        for at in torch.randperm(len(train.clicks)).split(_BATCH):
+        for at in _batches(torch.randperm(len(train.clicks))):
             batch = train.take(at)
             optimiser.zero_grad()
             torch.autograd.backward(binary_cross_entropy_with_logits(model(batch), batch.clicks))
@@ -191,8 +192,12 @@ def _predict(model: Predictor, rows: Rows) -> tuple[npt.NDArray[Any], npt.NDArra
     """Logits and clicks."""
     model.eval()
     with torch.inference_mode():
-        parts = [model(rows.take(at)) for at in torch.arange(len(rows.clicks)).split(_BATCH)]
+        parts = [model(rows.take(at)) for at in _batches(torch.arange(len(rows.clicks)))]
     return torch.cat(parts).numpy(), rows.clicks.numpy()
+
+
+def _batches(order: Tensor) -> Iterator[Tensor]:
+    return (order[start : start + _BATCH] for start in range(0, len(order), _BATCH))
 
 
 def _read(log: EventLog) -> tuple[Predictor, Rows]:
