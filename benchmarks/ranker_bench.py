@@ -35,6 +35,7 @@ from features.windows import UserEvent, UserState
 from headrace.v1.events_pb2 import Item, ItemStats
 from headrace.v1.ranker_service_pb2 import RankCandidatesRequest, RankCandidatesResponse, UserCandidates
 from offline.export import write_form
+from offline.training.tastes import TASTE_WIDTH
 from ranker.calibration import Calibration, Platt, save_calibration
 from ranker.forms import ONNX
 from ranker.model import HEADS, RankerConfig, RankerModel, save_ranker
@@ -70,7 +71,10 @@ class Shop:
         write_delimited(staged / names.ITEM_STATS, self._stats)
         save_file({"vectors": self.vectors}, staged / names.ITEM_VECTORS)
         torch.manual_seed(seed)
-        model = save_ranker(RankerModel(RankerConfig(self.dimension, trained_heads=HEADS)).eval(), staged)
+        config = RankerConfig(self.dimension, len(self.items), TASTE_WIDTH, trained_heads=HEADS)
+        model = RankerModel(config).eval()
+        torch.nn.init.normal_(model.tastes, std=0.1)
+        save_ranker(model, staged)
         save_calibration(Calibration({"click": Platt()}, "sampled"), staged)
         save_probe(self._probe(), self.dimension, staged)
         self._put_form(staged, seed)
