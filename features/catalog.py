@@ -62,13 +62,13 @@ class Catalog:
     def rows(self, item_ids: Iterable[str]) -> Rows:
         """Rows of items, -1 where unknown. Shape [n]."""
         get = self._row_of.get
-        return np.fromiter(map(get, item_ids, repeat(-1)), np.int32)
+        return np.array(list(map(get, item_ids, repeat(-1))), np.int32)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A column, one value (or vector) a row.
 
         `available`, `publish_ms`, `expire_ms`, `categories` [n, 4], `buckets` [n, 4], `year`, `log_price`,
-        `impressions`, `clicks`, `log2_popularity` [n, half-lives], `stats_revision`.
+        `impressions`, `clicks`, `log2_popularity` [n, half-lives], `stats_revision`, `id_hash`.
         """
         # The length first: the columns read after it have room for it, also where the writer grows them just now.
         count = len(self.item_ids)
@@ -176,6 +176,7 @@ class Catalog:
         if row >= len(self._columns["available"]):
             self._grow(2 * row)
         # A reader that finds a row must find its columns: the name comes last, behind the length that `column` reads.
+        self._columns["id_hash"][row] = stable_hash(item_id)
         self.items.append(Item(item_id=item_id))
         self.item_ids.append(item_id)
         self._row_of[item_id] = row
@@ -196,6 +197,8 @@ class Catalog:
             "clicks": np.zeros(capacity, np.float32),
             "log2_popularity": np.full((capacity, half_lives), -np.inf, np.float64),
             "stats_revision": np.zeros(capacity, np.int64),
+            # An order that is the same in every process, whatever the rows are.
+            "id_hash": np.zeros(capacity, np.uint64),
         }
         for name, old in self._columns.items():
             empty[name][: len(old)] = old

@@ -5,10 +5,9 @@ as long as the process lives and there is room. Invariant: an erased user's answ
 a full queue or disk costs records, never an answer.
 """
 
-import queue
 import shutil
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,8 @@ from serving import metrics
 
 _log = get_logger("answers")
 _QUEUE_MAX = 1000
+# The thread looks so often: one that is woken by each answer takes the interpreter from it just then.
+_PAUSE_SECONDS = 0.1
 # So many files share the room; the oldest goes when the newest is full.
 _FILES = 8
 _FOLDER = "answers"
@@ -46,7 +47,8 @@ class AnswerLog:
     def __init__(self, folder: Path | None, max_mb: int) -> None:
         self._folder = folder / _FOLDER if folder is not None and max_mb > 0 else None
         self._file_bytes = max_mb * 1024 * 1024 // _FILES
-        self._queue: queue.Queue[AnswerRecord | None] = queue.Queue(_QUEUE_MAX)
+        self._queue: deque[AnswerRecord] = deque()
+        self._closing = threading.Event()
         self._places: OrderedDict[str, _Place] = OrderedDict()
         self._erased: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
@@ -62,16 +64,16 @@ class AnswerLog:
         return self._folder is not None
 
     def keep(self, record: AnswerRecord) -> None:
-        """Queues a record; returns at once."""
-        try:
-            self._queue.put_nowait(record)
-        except queue.Full:
+        """Queues a record; returns at once, and wakes nobody: the answer's own way goes on."""
+        if len(self._queue) < _QUEUE_MAX:
+            self._queue.append(record)
+        else:
             metrics.answers_not_kept.inc()
 
     def find(self, recommendation_id: str) -> AnswerRecord | None:
         """The record of an answer; None where it is not kept (any more)."""
         # What is still queued is written first.
-        self._queue.join()
+        self._write_queued()
         with self._lock:
             place = self._places.get(recommendation_id)
             if place is None:
@@ -97,25 +99,27 @@ class AnswerLog:
                     self._overwrite(place)
 
     def close(self) -> None:
+        self._closing.set()
         if self._thread.is_alive():
-            self._queue.put(None)
             self._thread.join(5)
 
     def _run(self) -> None:
-        while (record := self._queue.get()) is not None:
-            try:
-                self._write(record)
-            except OSError as error:
-                metrics.answers_not_kept.inc()
-                _log.warning("a record is not kept", problem=str(error))
-            finally:
-                self._queue.task_done()
+        while not self._closing.wait(_PAUSE_SECONDS):
+            self._write_queued()
+        self._write_queued()
+
+    def _write_queued(self) -> None:
+        with self._lock:
+            while self._queue:
+                try:
+                    self._write(self._queue.popleft())
+                except OSError as error:
+                    metrics.answers_not_kept.inc()
+                    _log.warning("a record is not kept", problem=str(error))
 
     def _write(self, record: AnswerRecord) -> None:
-        content = record.SerializeToString()
-        with self._lock:
-            if record.request.user_id in self._erased:
-                return
+        if record.request.user_id not in self._erased:
+            content = record.SerializeToString()
             if self._size + len(content) > self._file_bytes and self._size:
                 self._begin_file()
             path = self._path(self._newest)

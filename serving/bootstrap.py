@@ -4,10 +4,10 @@ Invariant: everything is closed in the reverse order of its making, and nothing 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from core.clock import Clock, SystemClock
 from core.codec import from_ms
@@ -125,13 +125,18 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         profiles = Profiles(store, breakers["redis"])
         taking_in = IngestService(for_events, identities, topics, releases, breakers["kafka"], profiles, clock)
         add_IngestServiceServicer_to_server(taking_in, server.aio)
-        for background in (releases.keep_fresh(), impressions.run(), recommender.watch_loop()):
-            task = asyncio.create_task(background)
+
+        def run_beside(work: Coroutine[Any, Any, None]) -> None:
+            task = asyncio.create_task(work)
             task.add_done_callback(lambda done: _stop_if_broken(done, process))
             stack.push_async_callback(_cancel, task)
+
+        for background in (releases.keep_fresh(), impressions.run(), recommender.watch_loop()):
+            run_beside(background)
         await _warm_up(recommender, releases.current, clock)
         await server.start()
         stack.push_async_callback(server.stop)
+        run_beside(recommender.door.watch(serving.host, server.port))
         await server.set_serving(True)
         yield server
 

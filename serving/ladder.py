@@ -44,10 +44,8 @@ class LastGood:
         """Keeps a ranking, unless the request's own filter or page made it too narrow for others."""
         if query.request.filter.ByteSize() or query.page.offset or query.user_id in self._erased:
             return
-        item_ids = query.release.catalog.item_ids
-        rows = ranking.candidates.rows[:_KEPT_DEPTH].tolist()
         self._answers[query.user_id] = Remembered(
-            tuple(item_ids[row] for row in rows),
+            tuple(query.release.ids(ranking.candidates.rows[:_KEPT_DEPTH])),
             tuple(ranking.scores[:_KEPT_DEPTH].tolist()),
             self._clock.monotonic(),
         )

@@ -2,9 +2,9 @@
 
 Asked by `serving.recommender` before each request, told after it, and given the time every few milliseconds. Two
 answers to pressure, the gentle one first: the quality factor (fewer candidates are retrieved and ranked) follows the
-p95 of the answers, the limit of requests at once follows the event loop (the others are answered from the lower
-rungs). Invariant: pure but for its clock; a dependency that is slow costs quality, never admission, for the loop of a
-process that waits is never late.
+p95 of the answers, the limit of requests at once follows how long a request waits at the door (the others are answered
+from the lower rungs). Invariant: pure but for its clock; a dependency that is slow costs quality, never admission, for
+the loop of a process that waits is never late.
 """
 
 from collections import deque
@@ -21,8 +21,8 @@ _LEAST_ANSWERS = 10
 _BUSY, _AT_EASE = 0.4, 0.25
 _DOWN, _UP = 0.8, 0.05
 LEAST_QUALITY = 0.2
-# How late the loop may be. A request waits so long several times: before its handler, and after each of its calls.
-_LATE_MS, _PUNCTUAL_MS = 20.0, 10.0
+# How long the door may take, or the loop be late: a fifth of the usual deadline.
+_LATE_MS, _PUNCTUAL_MS = 50.0, 25.0
 _LEAST_LIMIT = 4
 
 
@@ -42,7 +42,7 @@ class LoadControl:
         self._decided_at = clock.monotonic()
         self._active = 0
         self._peak = 0
-        # How late the loop was lately.
+        # How late the loop, or the door, was lately.
         self.lag_ms = 0.0
         self.limit = limit_max
         # 1 = as many candidates as the settings say, down to LEAST_QUALITY of them.
@@ -63,7 +63,7 @@ class LoadControl:
         self._shares.append((elapsed_ms + self.lag_ms) / max(given_ms, 1.0))
 
     def tick(self, late_ms: float) -> None:
-        """The loop was `late_ms` late just now; to be called every few milliseconds."""
+        """The loop, or the door, is `late_ms` late just now; to be called every few milliseconds."""
         self._lags_ms.append(late_ms)
         now = self._clock.monotonic()
         if now - self._decided_at < _INTERVAL_SECONDS:

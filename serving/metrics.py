@@ -17,6 +17,6 @@ ingested = counter("serving", "ingested", "Events taken in by IngestService.", (
 breaker_open = gauge("serving", "breaker_open", "1 while a dependency is left alone.", ("dependency",))
 quality = gauge("serving", "quality", "Share of the candidates that are asked for: below 1 under pressure.")
 admission_limit = gauge("serving", "admission_limit", "Requests that may go through all stages at once.")
-loop_lag_ms = gauge("serving", "loop_lag_ms", "How late the event loop is: what a request waits before it is seen.")
+loop_lag_ms = gauge("serving", "loop_lag_ms", "How late the loop or the door is: a request waits so long.")
 answers_not_kept = counter("serving", "answers_not_kept", "Answers that cannot be replayed: the log was full.")
 retrievals_saved = counter("serving", "retrievals_saved", "Requests answered from candidates of a moment before.")

@@ -28,6 +28,15 @@ Status: TypeAlias = "FeatureStatus.ValueType"
 SOURCE_BIT = {name: 1 << bit for bit, name in enumerate(SOURCES)}
 
 
+def places_of(rows: Rows, among: Rows) -> npt.NDArray[np.intp]:
+    """Where each row stands among some others, -1 = nowhere. Shape [n]. Quicker than numpy.isin for a request's few."""
+    if not len(among):
+        return np.full(len(rows), -1, np.intp)
+    order = np.argsort(among, kind="stable")
+    at = order[np.minimum(np.searchsorted(among, rows, sorter=order), len(among) - 1)]
+    return np.where(among[at] == rows, at, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Where the paging of a request stands. The first page has shown nothing and has no snapshot."""

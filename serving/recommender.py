@@ -21,6 +21,7 @@ from headrace.v1.recommender_service_pb2 import RecommendRequest, RecommendRespo
 from headrace.v1.types_pb2 import DegradedReason
 from serving import metrics
 from serving.budget import Budget
+from serving.door import Door
 from serving.load import LoadControl
 from serving.paging import read_cursor
 from serving.pipeline import Pipeline
@@ -33,7 +34,7 @@ from serving.validation import check_recommend
 _log = get_logger("recommender")
 # Latencies of so many answers make the p95 that WatchServing tells.
 _RECENT = 1000
-# How often it is looked how late the event loop is.
+# How often it is looked how late the event loop and the door are.
 _TICK_SECONDS = 0.01
 # Candidates below which the sources could not even fill a long answer.
 _LEAST_CANDIDATES = 50
@@ -57,6 +58,7 @@ class Recommender:
         self._clock = clock
         self._recent_ms: deque[float] = deque(maxlen=_RECENT)
         self.load = LoadControl(settings.max_concurrent_requests, clock)
+        self.door = Door(clock)
         self.releases = releases
         self.answers_by_tier: Counter[str] = Counter()
 
@@ -86,11 +88,12 @@ class Recommender:
         await self._answer(self._query(request, deadline, self._clock.now_ms()))
 
     async def watch_loop(self) -> None:
-        """Tells the load control how late the event loop is, until cancelled."""
+        """Tells the load control how late things are, until cancelled."""
         while True:
             start = self._clock.monotonic()
             await asyncio.sleep(_TICK_SECONDS)
-            self.load.tick(max(0.0, self._clock.monotonic() - start - _TICK_SECONDS) * 1000)
+            late_ms = (self._clock.monotonic() - start - _TICK_SECONDS) * 1000
+            self.load.tick(max(late_ms, self.door.wait_ms, 0.0))
             metrics.loop_lag_ms.set(self.load.lag_ms)
             metrics.quality.set(self.load.quality)
             metrics.admission_limit.set(self.load.limit)

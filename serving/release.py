@@ -21,7 +21,7 @@ from core.clock import Clock
 from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
-from features.catalog import Catalog, Floats
+from features.catalog import Catalog, Floats, Rows
 from features.catalog_feed import CatalogFeed
 from headrace.v1.events_pb2 import Item, ItemStats
 from serving.popular import PopularLists
@@ -52,6 +52,10 @@ class Release:
     @property
     def version(self) -> str:
         return self.manifest.bundle_version
+
+    def ids(self, rows: Rows) -> list[str]:
+        """Item ids of catalogue rows."""
+        return list(map(self.catalog.item_ids.__getitem__, rows.tolist()))
 
     def weights_for(self, segment: str) -> dict[str, float]:
         """Blend weights of a user of this segment."""

@@ -41,7 +41,6 @@ def record_of(
     """What is needed to make this answer again."""
     inputs = ranking.inputs
     candidates = ranking.candidates if inputs is None else inputs.candidates
-    ids = query.release.catalog.item_ids
     record = AnswerRecord(
         request=query.request,
         response=response,
@@ -52,7 +51,7 @@ def record_of(
         rules_digest=rules_digest(query.release),
         settings_digest=settings_digest,
         shown_item_ids=query.page.shown_item_ids,
-        item_ids=[ids[row] for row in candidates.rows.tolist()],
+        item_ids=query.release.ids(candidates.rows),
         retrieval_scores=candidates.retrieval.tobytes(),
         fused_scores=candidates.fused.tobytes(),
         batch_scores=candidates.batch.tobytes(),

@@ -57,9 +57,11 @@ class Shown:
         of_user = self._shown.get(user_id)
         if not of_user:
             return None
-        counts = [0.0 if item_id in dealt_with else self._decayed(of_user.get(item_id), now_ms) for item_id in item_ids]
-        tired: Floats = (1 - np.exp2(-np.array(counts))).astype(np.float32)
-        return tired if tired.any() else None
+        counts = np.zeros(len(item_ids))
+        for at, item_id in enumerate(item_ids):
+            if item_id in of_user and item_id not in dealt_with:
+                counts[at] = self._decayed(of_user[item_id], now_ms)
+        return (1 - np.exp2(-counts)).astype(np.float32) if counts.any() else None
 
     def forget(self, user_ids: Iterable[str]) -> None:
         """These users were erased; nothing of theirs is kept again."""

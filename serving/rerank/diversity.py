@@ -42,10 +42,14 @@ def category_vectors(categories: Rows) -> Floats:
     Returns:
         [C, U], U the number of distinct categories; a zero row for an item with none.
     """
-    names, index = np.unique(categories, return_inverse=True)
-    vectors = np.zeros((len(categories), len(names)), np.float32)
-    vectors[np.arange(len(categories))[:, None], index.reshape(categories.shape)] = 1.0
-    vectors[:, names == 0] = 0.0
+    # A table by number: they are few, and numpy.unique would sort them all.
+    is_there = np.zeros(int(categories.max(initial=0)) + 1, np.bool_)
+    is_there[categories] = True
+    index = np.cumsum(is_there) - 1
+    vectors = np.zeros((len(categories), int(index[-1]) + 1), np.float32)
+    vectors[np.arange(len(categories))[:, None], index[categories]] = 1.0
+    if is_there[0]:
+        vectors[:, 0] = 0.0
     norms = np.sqrt(vectors.sum(axis=1, keepdims=True))
     unit: Floats = vectors / np.maximum(norms, np.float32(1.0))
     return unit

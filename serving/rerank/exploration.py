@@ -36,7 +36,9 @@ def explore(order: Indices, shown: int, pool: Indices, rate: float, closed: froz
     propensities = np.ones(len(order), np.float64)
     shown = min(shown, len(order))
     place = next((place for place in range(shown // 2, shown) if place not in closed), None)
-    pool = pool[~np.isin(pool, order[:shown])]
+    is_shown = np.zeros(len(order), np.bool_)
+    is_shown[order[:shown]] = True
+    pool = pool[~is_shown[pool]]
     if place is None or rate <= 0 or not len(pool) or shown < 2:
         return Explored(order, propensities)
     propensities[place] = 1 - rate

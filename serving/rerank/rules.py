@@ -125,12 +125,15 @@ class Rules(_Rule):
         best = max(fitting, key=lambda entry: (bool(entry.surface), bool(entry.segment)), default=None)
         return best.item_ids if best is not None else ()
 
-    def shifts(self, surface: str, segment: str, item_ids: Sequence[str], members_of: MembersOf) -> Floats64 | None:
+    def shifts(
+        self, surface: str, segment: str, ids: Callable[[], Sequence[str]], members_of: MembersOf
+    ) -> Floats64 | None:
         """What boost and bury add to the score of each item; None where no such rule holds. Shape [C]."""
         signed = [(rule, rule.amount) for rule in self.boost if rule.holds(surface, segment)]
         signed += [(rule, -rule.amount) for rule in self.bury if rule.holds(surface, segment)]
         if not signed:
             return None
+        item_ids = ids()
         added = np.zeros(len(item_ids), np.float64)
         index_of = {item_id: index for index, item_id in enumerate(item_ids)}
         for rule, amount in signed:

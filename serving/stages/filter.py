@@ -14,7 +14,7 @@ from features.catalog import Rows
 from headrace.v1.events_pb2 import Item
 from headrace.v1.types_pb2 import ItemFilter
 from serving.popular import PopularList
-from serving.query import SOURCE_BIT, Candidates, Query, Staged, UserFeatures
+from serving.query import SOURCE_BIT, Candidates, Query, Staged, UserFeatures, places_of
 from serving.trace import Removed
 
 Mask = npt.NDArray[np.bool_]
@@ -79,11 +79,11 @@ class Eligibility:
         drop("not published yet", column("publish_ms")[rows] > self._now_ms)
         drop("expired", column("expire_ms")[rows] <= self._now_ms)
         if len(self._excluded):
-            drop("excluded by the request", np.isin(rows, self._excluded))
+            drop("excluded by the request", places_of(rows, self._excluded) >= 0)
         if len(self._shown):
-            drop("shown on a page before", np.isin(rows, self._shown))
+            drop("shown on a page before", places_of(rows, self._shown) >= 0)
         if len(self._seen):
-            drop("seen by the user", np.isin(rows, self._seen))
+            drop("seen by the user", places_of(rows, self._seen) >= 0)
         for reason, passes in self._checks:
             items = self._catalog.items
             bad = np.fromiter((ok and not passes(items[row]) for ok, row in zip(kept, rows, strict=True)), np.bool_)
@@ -99,7 +99,7 @@ def eligible_of(popular: PopularList, rules: Eligibility, count: int, skip: Rows
         if len(found) >= missing:
             break
         rows = popular.rows[start : start + _STEP]
-        passing = rules.check(rows)[0] & ~np.isin(rows, skip)
+        passing = rules.check(rows)[0] & (places_of(rows, skip) < 0)
         found.extend((start + np.flatnonzero(passing)).tolist())
     index = np.array(found[: max(missing, 0)], np.intp)
     return PopularList(popular.rows[index], popular.scores[index])

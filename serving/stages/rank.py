@@ -42,13 +42,12 @@ class ServiceRanker:
 
 
 def _question(query: Query, user: UserFeatures, candidates: Candidates) -> UserCandidates:
-    item_ids = query.release.catalog.item_ids
     return UserCandidates(
         user_id=user.user_id,
         state=user.state_bytes,
         # A vector of other towers would mean nothing to the model; the stream encodes the user again by itself.
         embedding=user.vector if user.embedding_version == query.release.manifest.embedding_version else (),
-        item_ids=[item_ids[row] for row in candidates.rows.tolist()],
+        item_ids=query.release.ids(candidates.rows),
         scores=candidates.retrieval.tolist(),
         source_bits=as_trained(candidates.source_bits).tolist(),
         context=query.request.context,

@@ -4,6 +4,7 @@ Fifth stage; the arithmetic is in `serving.rerank`. Invariant: every item's cont
 inputs give equal orders whatever the order they came in, and pins hold.
 """
 
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -47,22 +48,20 @@ class BlendingReRanker:
         self.settings_digest = stable_hash(repr((settings, features)))
 
     def rerank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Ranking:
-        catalog = query.release.catalog
-        # By item_id first: from here on the earlier index wins a tie.
-        ids = [catalog.item_ids[row] for row in candidates.rows.tolist()]
-        by_id = sorted(range(len(ids)), key=ids.__getitem__)
-        candidates, ids = candidates.take(np.array(by_id, np.intp)), [ids[index] for index in by_id]
-        trending = trending_lift(catalog, candidates.rows, query.now_ms, self._features)
-        signals = Signals(trending, self._fatigue(query, user, ids))
+        # From here on the earlier index wins a tie.
+        hashes = query.release.catalog.column("id_hash")[candidates.rows]
+        candidates = candidates.take(np.argsort(hashes, kind="stable"))
+        trending = trending_lift(query.release.catalog, candidates.rows, query.now_ms, self._features)
+        signals = Signals(trending, self._fatigue(query, user, candidates.rows))
         return self.order(query, user, RankInputs(candidates, signals))
 
     def order(self, query: Query, user: UserFeatures, inputs: RankInputs) -> Ranking:
-        """The order of candidates that come by item_id; the same inputs, release and settings give the same one."""
+        """The order of candidates in a fixed order; the same inputs, release and settings give the same one."""
         release, (candidates, signals) = query.release, inputs
-        ids = [release.catalog.item_ids[row] for row in candidates.rows.tolist()]
         blended = blend(self._parts(query, user, inputs), release.weights_for(user.segment))
         parts, contributions, relevance = list(blended.parts), blended.contributions, blended.scores
         members_of = members_among(release.catalog, candidates.rows)
+        ids = partial(release.ids, candidates.rows)
         for name, shift in (
             ("rules", release.rules.shifts(query.surface, user.segment, ids, members_of)),
             ("fatigue", self._fatigue_shift(signals)),
@@ -131,11 +130,11 @@ class BlendingReRanker:
         bounds = rules.bounds(query.surface, user.segment, members_of)
         return (hold_quotas(order, bounds, wanted) if bounds else place_pins(order, wanted)), filled
 
-    def _fatigue(self, query: Query, user: UserFeatures, ids: list[str]) -> Floats | None:
+    def _fatigue(self, query: Query, user: UserFeatures, rows: Rows) -> Floats | None:
         if self._shown is None or self._settings.fatigue_weight <= 0:
             return None
         dealt_with = frozenset(entry.item_id for entry in user.state.history)
-        return self._shown.fatigue(user.user_id, ids, dealt_with, query.now_ms)
+        return self._shown.fatigue(user.user_id, query.release.ids(rows), dealt_with, query.now_ms)
 
     def _fatigue_shift(self, signals: Signals) -> npt.NDArray[np.float64] | None:
         if signals.fatigue is None:
@@ -155,11 +154,11 @@ def affinity(state: UserState, catalog: Catalog, rows: Rows, now_ms: int, settin
 
 def members_among(catalog: Catalog, rows: Rows) -> MembersOf:
     """Which of these rows are items of a category."""
-    numbers = catalog.column("categories")[rows]
-    # Categories past those of the column are looked for in the item.
-    has_more = numbers[:, -1] > 0
 
     def members_of(category: str) -> npt.NDArray[np.bool_]:
+        numbers = catalog.column("categories")[rows]
+        # Categories past those of the column are looked for in the item.
+        has_more = numbers[:, -1] > 0
         members: npt.NDArray[np.bool_] = has_more | (numbers == category_number(category)).any(axis=1)
         for index in np.flatnonzero(members).tolist():
             members[index] = category in catalog.items[rows[index]].categories

@@ -14,7 +14,7 @@ from headrace.v1 import types_pb2 as types
 from headrace.v1.candidate_service_pb2 import RetrieveCandidatesRequest, RetrieveCandidatesResponse
 from headrace.v1.types_pb2 import ItemFilter
 from serving.clients import CandidateClient
-from serving.query import SOURCE_BIT, Candidates, Query, Staged, UserFeatures
+from serving.query import SOURCE_BIT, Candidates, Query, Staged, UserFeatures, places_of
 from serving.trace import Drop, Removed
 
 # Reciprocal rank fusion: an item's score is the sum over its sources of 1 / (60 + rank), which needs no common
@@ -92,8 +92,7 @@ def _with_batch(found: Candidates, user: UserFeatures, catalog: Catalog) -> Cand
     ranks = np.sort(first[rows[first] >= 0])
     rows, scores = rows[ranks], scores[ranks]
     fused = (1.0 / (FUSION + ranks)).astype(np.float32)
-    place = {row: at for at, row in enumerate(found.rows.tolist())}
-    at = np.array([place.get(row, -1) for row in rows.tolist()], np.intp)
+    at = places_of(rows, found.rows)
     known, more = at >= 0, at < 0
     found.fused[at[known]] += fused[known]
     found.batch[at[known]] = scores[known]
@@ -104,7 +103,9 @@ def _with_batch(found: Candidates, user: UserFeatures, catalog: Catalog) -> Cand
 
 def _with_pins(found: Candidates, rows: Rows) -> Candidates:
     """With the rules' pins, which have no source."""
-    missing = rows[(rows >= 0) & ~np.isin(rows, found.rows)]
+    if not len(rows):
+        return found
+    missing = rows[(rows >= 0) & (places_of(rows, found.rows) < 0)]
     return found.with_more(Candidates.of_rows(np.unique(missing))) if len(missing) else found
 
 

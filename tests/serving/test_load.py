@@ -48,7 +48,7 @@ def test_quality_comes_back_when_nobody_asks_any_more() -> None:
 def test_a_late_loop_lowers_the_limit_and_a_punctual_one_raises_it() -> None:
     clock = ManualClock()
     load = LoadControl(64, clock)
-    run(load, clock, 200, at_once=64, late_ms=40)
+    run(load, clock, 200, at_once=64, late_ms=80)
     assert load.limit == 4
     assert [load.enter() for _ in range(10)].count(True) == 4
     for _ in range(4):
