@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from core.bundle import Manifest
 from core.clock import ManualClock
 from core.errors import ArtifactError
 from core.settings import load_settings
@@ -14,6 +15,8 @@ from headrace.v1.recommender_service_pb2 import RecommendRequest
 from serving.ladder import LastGood
 from serving.popular import PopularLists
 from serving.query import FIRST_PAGE, Candidates, Ranking
+from serving.release import Release
+from serving.rerank.rules import Rules
 
 FEATURES = load_settings().features
 YEARS_AGO_MS = 900_000_000_000
@@ -93,7 +96,8 @@ def test_last_good_answers_are_bounded_and_age(catalog) -> None:
 
         def __init__(self, user_id) -> None:
             self.user_id, self.request, self.page = user_id, RecommendRequest(), FIRST_PAGE
-            self.release = type("R", (), {"catalog": catalog})
+            lists = PopularLists(catalog, {"all": [], "segments": {}})
+            self.release = Release(Manifest("v", "", "", "", "", 0, 0, 0, 0), catalog, lists, {}, Rules())
 
     clock = ManualClock(1)
     last_good = LastGood(2, 60, clock)
