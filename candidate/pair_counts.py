@@ -21,7 +21,7 @@ from features import decay
 # weight in other pairs (a prior, as in Koren's shrinkage of item similarities).
 PRIOR_WEIGHT = 5.0
 # The delta is merged past this size, or this share of the main part.
-_DELTA_LEAST, _DELTA_SHARE = 20_000, 0.1
+_DELTA_LEAST, _DELTA_SHARE = 100_000, 0.1
 # A pair whose weight has decayed below this says nothing any more.
 _LEAST_WEIGHT = 1e-3
 # Doublings that sums may lie behind a new event before they are moved to its landmark.
