@@ -20,8 +20,9 @@ from features import decay
 # Pairs of two items seen together once or twice are mostly chance: each item counts as if it had this much more
 # weight in other pairs (a prior, as in Koren's shrinkage of item similarities).
 PRIOR_WEIGHT = 5.0
-# The delta is merged past this size, or this share of the main part.
-_DELTA_LEAST, _DELTA_SHARE = 100_000, 0.1
+# The delta is merged past this size, or this share of the pairs that may be held, or of those that are: a merge costs
+# as much as there is to merge into.
+_DELTA_LEAST, _DELTA_SHARE_OF_MAX, _DELTA_SHARE = 20_000, 0.05, 0.1
 # A pair whose weight has decayed below this says nothing any more.
 _LEAST_WEIGHT = 1e-3
 # Doublings that sums may lie behind a new event before they are moved to its landmark.
@@ -56,6 +57,7 @@ class PairCounts:
         """Keeps of each item its `neighbours_max` heaviest pairs, and of all items `pairs_max` (counted from both)."""
         self._half_life_ms = half_life_ms
         self._neighbours_max, self._pairs_max = neighbours_max, pairs_max
+        self._delta_least = max(_DELTA_LEAST, int(_DELTA_SHARE_OF_MAX * pairs_max))
         self._latest_ms = 0
         self._delta_pairs = 0
         self._state = _State(0)
@@ -100,7 +102,7 @@ class PairCounts:
             fresh += len(other_row)
         totals[one] += sum_one
         self._delta_pairs += fresh + len(row)
-        if self._delta_pairs > max(_DELTA_LEAST, int(_DELTA_SHARE * len(state.others))):
+        if self._delta_pairs > max(self._delta_least, int(_DELTA_SHARE * len(state.others))):
             self._merge(max(landmark, state.landmark))
 
     def _scale(self, time_ms: int, landmark: int) -> float:
