@@ -8,9 +8,7 @@ chosen, and the calibration fitted, on the validation part; the test part is rea
 
 import argparse
 import copy
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,13 +24,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, dropout
 
-from benchmarks.rank_quality import folder_of
-from core.errors import RecommenderError
+from benchmarks.command import Command, data_folder
+from benchmarks.evaluate import event_log
 from core.settings import load_settings
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from features.vectors import CANDIDATE_FEATURES, USER_FEATURES
-from offline.data import public
 from offline.training.ranker_quality import auc
 from ranker.calibration import expected_calibration_error, fit_platt
 from ranker.model import CLICK, RankerBatch, RankerConfig, RankerModel
@@ -113,31 +110,25 @@ def _embedding(count: int) -> nn.Embedding:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.click_prediction", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", default="ml-1m", help="ml-1m, or a folder of its files")
-    parser.add_argument("--data", type=Path, help="where the data sets' folders are; else ./data or ../shared/data")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rows, three epochs; rough")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
-    arguments = parser.parse_args()
+    command = Command("click_prediction", __doc__, "a tenth of the rows, three epochs")
+    command.add("--dataset", default="ml-1m", help="ml-1m, or a folder of its files")
+    command.add("--seed", type=int, default=7)
+    command.add_data()
+    return command.run(_measure, print_result, asdict)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> Figures:
     torch.set_num_threads(1)
-    torch.manual_seed(arguments.seed)
-    try:
-        folder = folder_of(arguments.dataset, arguments.data)
-        with tempfile.TemporaryDirectory() as scratch:
-            log = Path(scratch) / "log"
-            public.load("movielens", folder, log)
-            figures = measure(EventLog(log), arguments.seed, quick=arguments.quick)
-    except RecommenderError as error:
-        print(f"benchmarks.click_prediction: {error}", file=sys.stderr)
-        return 1
+    torch.manual_seed(given.seed)
+    log = event_log(data_folder(given.dataset, given.data), work)
+    return measure(EventLog(log), given.seed, quick=given.quick)
+
+
+def print_result(figures: Figures, console: Console) -> None:
     table = Table("what", "value")
     for name, value in asdict(figures).items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
-    Console().print(table)
-    if arguments.json:
-        print(json.dumps(asdict(figures) | {"seed": arguments.seed, "quick": arguments.quick}))
-    return 0
+    console.print(table)
 
 
 def measure(log: EventLog, seed: int, *, quick: bool) -> Figures:

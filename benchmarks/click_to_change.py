@@ -6,15 +6,12 @@ the user's new vector is in the answers too; then clicks over IngestService, who
 Figures: benchmarks/click_to_change.md. Invariant: nothing is subtracted; the last answer's own time is in each figure.
 """
 
-import argparse
-import json
 import os
 import random
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +23,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.plain_load import paced
 from benchmarks.serve_world import FULL, QUICK, Shop, make_shop
 from core.codec import from_ms
-from core.errors import RecommenderError, StageError
+from core.errors import StageError
 from devstack.backend import Backend, EventSender
 from devstack.click_probe import Click, click_once
 from devstack.stack import LOCAL, Stack
@@ -187,25 +185,18 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.click_to_change", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, help="folder for data, bundle and logs, kept and used again")
-    parser.add_argument("--quick", action="store_true", help="5,000 items and 60 clicks")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-click-") as scratch:
-            plan = QUICK_PLAN if arguments.quick else PLAN
-            result = run(plan, arguments.work or Path(scratch), quick=arguments.quick)
-    except RecommenderError as error:
-        print(f"benchmarks.click_to_change: {error}", file=sys.stderr)
-        return 1
+    command = Command("click_to_change", __doc__, "5,000 items and 60 clicks")
+    command.add_work()
+    return command.run(
+        lambda given, work: run(QUICK_PLAN if given.quick else PLAN, work, quick=given.quick), print_result
+    )
+
+
+def print_result(result: Mapping[str, Any], console: Console) -> None:
     table = Table("what", "figure", title="From a click to a changed answer", title_justify="left")
     for name, value in result.items():
         table.add_row(name, str(value))
-    Console(stderr=arguments.json).print(table)
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    console.print(table)
 
 
 if __name__ == "__main__":

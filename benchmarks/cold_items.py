@@ -7,10 +7,8 @@ hidden item is trained on, and no event at or after the split.
 """
 
 import argparse
-import json
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.evaluate import event_log
 from candidate.encoder import UserEncoder
-from core.errors import RecommenderError
 from core.settings import load_settings
 from core.telemetry import configure_logging
 from features.stores.event_log import EventLog
@@ -39,19 +37,14 @@ _QUICK = {"offline": {"max_epochs": 3, "refit_epochs": 1}}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cold_items", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", type=Path, help="folder of a public data set, or an event log; else simulated")
-    parser.add_argument("--work", type=Path, help="keep logs and towers here; else a scratch folder")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="short training")
-    parser.add_argument("--json", action="store_true", help="add one line of JSON")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            result = run(arguments, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.cold_items: {error}", file=sys.stderr)
-        return 1
+    command = Command("cold_items", __doc__, "short training")
+    command.add("--dataset", type=Path, help="folder of a public data set, or an event log; else simulated")
+    command.add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    command.add_work()
+    return command.run(run, print_result)
+
+
+def print_result(result: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"recall@{RECALL_CUTOFF} among {result['items']:,} items")
     for column in ("", "predicted", "recall", "times random"):
         table.add_column(column, justify="left" if not column else "right")
@@ -59,10 +52,7 @@ def main() -> int:
         figures = result[name]
         recall = figures["recall_at_100"]
         table.add_row(label, f"{figures['predicted']:,}", f"{recall:.4f}", f"{figures['times_random']:.1f}")
-    Console().print(table)
-    if arguments.json:
-        print(json.dumps(result))
-    return 0
+    console.print(table)
 
 
 class _Shown(EventLog):

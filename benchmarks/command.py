@@ -10,20 +10,25 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
 from core.errors import ConfigError, RecommenderError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 DATA_VARIABLE = "HEADRACE_DATA"
 _DATA_FOLDERS = (Path("data"), Path("../shared/data"))
-_WIDTH = 160
+_WIDTH = 200
 # Arguments that the JSON repeats.
 _TOLD = ("seed", "quick")
 
 Result = TypeVar("Result")
+P = TypeVar("P", bound="DataclassInstance")
 
 
 class Command:
@@ -76,9 +81,15 @@ class Command:
         # A table that is cut says nothing.
         show(result, console if console.is_terminal else Console(stderr=arguments.json, width=_WIDTH))
         if arguments.json:
-            asked = {name: getattr(arguments, name) for name in _TOLD if hasattr(arguments, name)}
+            asked = {name: value for name in _TOLD if (value := getattr(arguments, name, None)) is not None}
             print(json.dumps({**figures(result), **asked}))
         return 0 if is_good(result) else 1
+
+
+def plan_of(given: argparse.Namespace, full: P, quick: P, *fields: str) -> P:
+    """`full`, or with `--quick` the other, and what was given for these fields in place of its own."""
+    own = {name: value for name in fields if (value := getattr(given, name)) is not None}
+    return replace(quick if given.quick else full, **own)
 
 
 def data_folder(name: str, given: Path | None) -> Path:

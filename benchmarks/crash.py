@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import stream_readings as readings
 from benchmarks import stream_truth
-from benchmarks.command import Command
+from benchmarks.command import Command, plan_of
 from benchmarks.crash_schedule import Blow, Blows, Striker, schedule
 from benchmarks.stream_cluster import WORKERS, Cluster, MarkerWatch, running_cluster, train_bundle
 from benchmarks.stream_load import LoadConfig, Sent, StreamLoad
@@ -245,8 +245,7 @@ def main() -> int:
 
 def _measure(given: argparse.Namespace, work: Path) -> Result:
     configure_logging(load_settings().telemetry, "benchmarks")
-    plan = QUICK if given.quick else FULL
-    return run(plan if given.events is None else replace(plan, events=given.events), given.seed, work)
+    return run(plan_of(given, FULL, QUICK, "events"), given.seed, work)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,11 @@ benchmarks/evaluate.md. Invariant: the figures are those of `headrace evaluate` 
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from core.errors import ConfigError, RecommenderError
+from benchmarks.command import Command
+from core.errors import ConfigError
 from core.settings import Settings, load_settings
 from core.telemetry import configure_logging
 from features.stores.event_log import EventLog
@@ -29,31 +25,22 @@ _SIMULATED = SimulatorConfig(users=1000, items=1000, seed=7, end_time_ms=1_780_0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", type=Path, help="folder of a public data set, or an event log; else simulated")
-    parser.add_argument("--work", type=Path, help="keep log and bundle here for the next time; else a scratch folder")
-    parser.add_argument("--seed", type=int, help="of training; else that of the settings")
-    parser.add_argument("--limit", type=int, help="predict about this many moments; else all")
-    parser.add_argument("--quick", action="store_true", help=f"short training, {_QUICK_MOMENTS} moments")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    overrides: dict[str, dict[str, Any]] = {"offline": dict(_QUICK["offline"])} if arguments.quick else {"offline": {}}
-    if arguments.seed is not None:
-        overrides["offline"]["seed"] = arguments.seed
-    try:
-        settings = load_settings(overrides=overrides)
-        configure_logging(settings.telemetry, "benchmarks")
-        with tempfile.TemporaryDirectory() as scratch:
-            result = run(arguments, settings, arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.evaluate: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(result.as_dict() | {"quick": arguments.quick, "seed": settings.offline.seed}))
-    else:
-        print_evaluation(result, Console())
-    return 0
+    command = Command("evaluate", __doc__, f"short training, {_QUICK_MOMENTS} moments")
+    command.add("--dataset", type=Path, help="folder of a public data set, or an event log; else simulated")
+    command.add("--seed", type=int, help="of training; else that of the settings")
+    command.add("--limit", type=int, help="predict about this many moments; else all")
+    command.add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    command.add_work()
+    return command.run(_measure, print_evaluation, Evaluation.as_dict)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> Evaluation:
+    if given.seed is None:
+        given.seed = load_settings().offline.seed
+    own = _QUICK["offline"] if given.quick else {}
+    settings = load_settings(overrides={"offline": {**own, "seed": given.seed}})
+    configure_logging(settings.telemetry, "benchmarks")
+    return run(given, settings, work)
 
 
 def run(arguments: argparse.Namespace, settings: Settings, work: Path) -> Evaluation:

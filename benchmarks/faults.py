@@ -10,21 +10,20 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.fault_load import Load, Verdict, World
 from benchmarks.fault_stack import FaultStack, fault_stack
 from benchmarks.fault_table import CASES, Case
 from benchmarks.fault_world import make_world
-from core.errors import RecommenderError
 from devstack.backend import EventSender, percentiles
 
 _PER_SECOND = 20.0
@@ -36,6 +35,7 @@ _RECOVERY_SECONDS = 5.0
 # What has not recovered by then is not waited for.
 _PATIENCE_SECONDS = 30.0
 QUICK = ("candidate-slow", "ranker-hanging", "redis-down")
+_QUICK_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -189,26 +189,31 @@ def print_results(results: Sequence[CaseResult], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n")[0])
-    parser.add_argument("--case", action="append", default=[], help="run this case only (more than one may be given)")
-    parser.add_argument("--work", type=Path, help="folder for data, bundle and logs, kept and used again")
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of each case")
-    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, 4 s each")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
-    arguments = parser.parse_args()
-    cases = chosen(QUICK if arguments.quick and not arguments.case else arguments.case)
-    seconds = 4.0 if arguments.quick else arguments.seconds
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-faults-") as scratch:
-            results = asyncio.run(run(cases, arguments.work or Path(scratch), seconds, _tell))
-    except RecommenderError as error:
-        print(f"benchmarks.faults: {error}", file=sys.stderr)
-        return 1
-    print_results(results, Console(stderr=arguments.json, width=200))
-    if arguments.json:
-        found = {"cases": [asdict(result) for result in results], "seconds": seconds, "quick": arguments.quick}
-        print(json.dumps(found | {"load_average": round(os.getloadavg()[0], 1)}))
-    return 0 if all(result.is_good for result in results) else 1
+    command = Command("faults", __doc__, f"{', '.join(QUICK)}, {_QUICK_SECONDS:.0f} s each")
+    command.add("--case", action="append", default=[], help="run this case only (more than one may be given)")
+    command.add("--seconds", type=float, default=15.0, help="length of each case")
+    command.add_work()
+    return command.run(_measure, _show, _figures, lambda found: all(result.is_good for result in found.results))
+
+
+class _Found(NamedTuple):
+    results: list[CaseResult]
+    seconds: float
+
+
+def _measure(given: argparse.Namespace, work: Path) -> _Found:
+    cases = chosen(QUICK if given.quick and not given.case else given.case)
+    seconds = _QUICK_SECONDS if given.quick else given.seconds
+    return _Found(asyncio.run(run(cases, work, seconds, _tell)), seconds)
+
+
+def _show(found: _Found, console: Console) -> None:
+    print_results(found.results, console)
+
+
+def _figures(found: _Found) -> dict[str, Any]:
+    cases = [asdict(result) for result in found.results]
+    return {"cases": cases, "seconds": found.seconds, "load_average": round(os.getloadavg()[0], 1)}
 
 
 if __name__ == "__main__":

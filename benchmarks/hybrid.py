@@ -9,13 +9,11 @@ is a bootstrap over users.
 """
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command, data_folder
+from benchmarks.evaluate import event_log
 from core.bundle import CURRENT, open_current
-from core.errors import RecommenderError
 from core.settings import Settings, load_settings
 from devstack.blend_fit import Choice, fit_weights
 from devstack.blend_replay import PARTS, BlendReplay, Moment, Plan
 from features.catalog import Catalog, Rows
 from features.stores.event_log import EventLog
-from offline.data import movielens, public, trivago
 from offline.data.dataset import times_of
 from offline.models import Models
 from offline.train import train
@@ -170,23 +168,6 @@ class Predictions:
         return found
 
 
-def open_dataset(name: str, data: Path, work: Path) -> EventLog:
-    """The log of a public data set, or of a folder."""
-    root = work / "log"
-    if root.is_dir():
-        return EventLog(root)
-    if name == "ml-100k":
-        movielens.load(data / name, root)
-    elif name == "trivago":
-        trivago.load(data / name, root)
-    else:
-        kind = public.recognise(Path(name))
-        if kind is None:
-            return EventLog(name)
-        public.load(kind, Path(name), root)
-    return EventLog(root)
-
-
 def say(text: str) -> None:
     print(f"{'hybrid':>10}  {text}", file=sys.stderr, flush=True)
 
@@ -204,30 +185,19 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--dataset", required=True, help="ml-100k, trivago, or the folder of a public data set or an event log"
-    )
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the public data sets lie")
-    parser.add_argument("--work", type=Path, help="folder for the log and the bundle, kept and used again")
-    parser.add_argument("--limit", type=int, default=10_000, help="about so many events are predicted at each delay")
-    parser.add_argument("--quick", action="store_true", help="short training, 200 moments")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    given = parser.parse_args(arguments)
-    try:
-        settings = load_settings(overrides=_QUICK_TRAINING if given.quick else {})
-        with tempfile.TemporaryDirectory(prefix="headrace-hybrid-") as scratch:
-            work = given.work or Path(scratch)
-            log = open_dataset(given.dataset, given.data, work)
-            result = run(log, work / "bundles", settings, 200 if given.quick else given.limit)
-    except RecommenderError as error:
-        print(f"benchmarks.hybrid: {error}", file=sys.stderr)
-        return 1
-    print_result(result, Console(stderr=given.json, width=200))
-    if given.json:
-        print(json.dumps({"dataset": given.dataset} | result | {"quick": given.quick}))
-    return 0
+def main() -> int:
+    command = Command("hybrid", __doc__, "short training, 200 moments")
+    command.add("--dataset", required=True, help="ml-100k, trivago, or the folder of a public data set or an event log")
+    command.add("--limit", type=int, default=10_000, help="about so many events are predicted at each delay")
+    command.add_data()
+    command.add_work()
+    return command.run(_measure, print_result)
+
+
+def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    settings = load_settings(overrides=_QUICK_TRAINING if given.quick else {})
+    log = EventLog(event_log(data_folder(given.dataset, given.data), work))
+    return {"dataset": given.dataset} | run(log, work / "bundles", settings, 200 if given.quick else given.limit)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ else the machine does meets both. Then filters, and what a rebuild takes. Figure
 vectors and users are made by benchmarks/item_vectors.py; the index is tuned as a bundle's is, without users.
 """
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -26,7 +25,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import Command
+from benchmarks.command import Command, plan_of
 from benchmarks.item_vectors import vector_world
 from candidate.index import ItemIndex, load_index, save_index
 from candidate.index.exact import on_one_core, search_all
@@ -315,12 +314,7 @@ def main() -> int:
     command = Command("index", __doc__, "without the largest size, fewer users")
     command.add("--kinds", action="store_true", help="other kinds of FAISS index, too (minutes)")
     command.add("--sizes", type=int, nargs="+", help=f"items; else {' '.join(map(str, FULL.sizes))}")
-    return command.run(_measure, print_result)
-
-
-def _measure(given: argparse.Namespace, _: Path) -> dict[str, Any]:
-    plan = QUICK if given.quick else FULL
-    return run(Plan(tuple(given.sizes or plan.sizes), plan.queries, plan.rounds), with_kinds=given.kinds)
+    return command.run(lambda given, _: run(plan_of(given, FULL, QUICK, "sizes"), with_kinds=given.kinds), print_result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ medians are told. Figures: benchmarks/streams.md. Invariant: CPU is that of the 
 sent until markers and event log have the last one.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import Command
+from benchmarks.command import Command, plan_of
 from benchmarks.plain_load import PlainConfig, paced, plain_events
 from benchmarks.stream_cluster import Cluster, running_cluster
 from benchmarks.stream_readings import wait_for_markers
@@ -270,12 +269,7 @@ def main() -> int:
     command = Command("ingest", __doc__, "fewer events and users")
     command.add("--events", type=int, help=f"of each load; else {FULL.events:,}")
     command.add_work()
-    return command.run(_measure, print_result)
-
-
-def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
-    plan = QUICK if given.quick else FULL
-    return run(plan if given.events is None else replace(plan, events=given.events), work)
+    return command.run(lambda given, work: run(plan_of(given, FULL, QUICK, "events"), work), print_result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ change's clock starts before it is handed to the producer and stops when an answ
 change is looked for by the item's own vector, among all items, through the index alone.
 """
 
-import argparse
 import asyncio
 import os
 import sys
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import Command
+from benchmarks.command import Command, plan_of
 from benchmarks.liveness_load import CHANGES_PER_SECOND, QUERIES_PER_SECOND, Changes, Service, Watch, ask
 from benchmarks.retrieve_world import publish_world
 from benchmarks.stream_cluster import running_cluster
@@ -128,12 +127,7 @@ def main() -> int:
     command = Command("liveness", __doc__, "fewer items, ten seconds of load")
     command.add("--items", type=int, help=f"items of the bundle; else {FULL.items:,}")
     command.add_work()
-    return command.run(_measure, print_result)
-
-
-def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
-    plan = QUICK if given.quick else FULL
-    return run(Plan(given.items or plan.items, plan.idle_seconds, plan.load_seconds), work)
+    return command.run(lambda given, work: run(plan_of(given, FULL, QUICK, "items"), work), print_result)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ bare model and the service score the same requests with the same bundle.
 
 import argparse
 import asyncio
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.ranker_bench import CANDIDATES, HISTORY, ITEMS, T0_MS, Shop, call_for, percentile, running_ranker
 from core.bundle import open_current
 from core.clock import ManualClock
@@ -72,25 +70,18 @@ class Figures:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rank", description=__doc__.split("\n")[0])
-    parser.add_argument("--max-wait-ms", type=float, help="ranker.max_wait_ms; else that of the settings")
-    parser.add_argument("--quick", action="store_true", help="fewer calls; within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
-    arguments = parser.parse_args()
-    plan = Plan(200, 4) if arguments.quick else Plan(1000, 15)
+    command = Command("rank", __doc__, "fewer calls")
+    command.add("--max-wait-ms", type=float, help="ranker.max_wait_ms; else that of the settings")
+    return command.run(_measure, lambda figures, console: console.print(_table(figures)), asdict)
+
+
+def _measure(given: argparse.Namespace, registry: Path) -> Figures:
     torch.set_num_threads(1)
-    wait = {} if arguments.max_wait_ms is None else {"ranker": {"max_wait_ms": arguments.max_wait_ms}}
+    wait = {} if given.max_wait_ms is None else {"ranker": {"max_wait_ms": given.max_wait_ms}}
     settings = load_settings(overrides=wait)
     shop = Shop(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        registry = Path(folder)
-        shop.publish(registry, "v1")
-        requests = shop.requests()
-        figures = measure(registry, requests, settings, plan)
-    Console().print(_table(figures))
-    if arguments.json:
-        print(json.dumps(asdict(figures) | {"quick": arguments.quick}))
-    return 0
+    shop.publish(registry, "v1")
+    return measure(registry, shop.requests(), settings, Plan(200, 4) if given.quick else Plan(1000, 15))
 
 
 def measure(registry: Path, requests: list[bytes], settings: Settings, plan: Plan) -> Figures:

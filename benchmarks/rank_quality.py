@@ -6,20 +6,18 @@ Figures and protocols: benchmarks/rank_quality.md. Invariant: nothing of the tes
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command, data_folder
+from benchmarks.evaluate import event_log
 from benchmarks.trivago_ranker import TrivagoRanker
 from core.bundle import open_bundle
-from core.errors import ConfigError, RecommenderError
 from core.settings import Settings, load_settings
 from core.telemetry import configure_logging
 from features.stores.event_log import EventLog
@@ -29,41 +27,26 @@ from offline.evaluate import RANKING, RETRIEVAL, Evaluation, evaluate
 _SEEDS = (7, 8, 9)
 _QUICK = {"max_epochs": 4, "ranker_epochs": 2, "ranker_max_rows": 40_000, "batch_scores_per_user": 10}
 _QUICK_MOMENTS = 800
-_FOLDERS = (Path("data"), Path("../shared/data"))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rank_quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True, help="ml-latest-small, ml-100k, trivago, or a folder of such files")
-    parser.add_argument("--data", type=Path, help="where the data sets' folders are; else ./data or ../shared/data")
-    parser.add_argument("--work", type=Path, help="keep log and bundles here for the next time; else a scratch folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(_SEEDS))
-    parser.add_argument("--quick", action="store_true", help="one seed, short training; rough")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.seeds = arguments.seeds[:1]
+    command = Command("rank_quality", __doc__, "one seed, short training")
+    command.add("--dataset", required=True, help="ml-latest-small, ml-100k, trivago, or a folder of such files")
+    command.add("--seeds", type=int, nargs="+", default=list(_SEEDS))
+    command.add_data()
+    command.add_work()
+    return command.run(_measure, lambda figures, console: console.print(_table(figures)))
+
+
+def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    if given.quick:
+        given.seeds = given.seeds[:1]
     torch.set_num_threads(1)
-    try:
-        settings = load_settings()
-        configure_logging(settings.telemetry, "benchmarks")
-        folder = folder_of(arguments.dataset, arguments.data)
-        with tempfile.TemporaryDirectory() as scratch:
-            work = arguments.work or Path(scratch)
-            log = work / folder.name
-            kind = public.recognise(folder)
-            if kind is None:
-                raise ConfigError(f"--dataset {folder}: neither MovieLens nor Trivago files are there")
-            if not EventLog(log).exists():
-                public.load(kind, folder, log)
-            figures = trivago(log, arguments) if kind == "trivago" else movielens(log, work, arguments)
-    except RecommenderError as error:
-        print(f"benchmarks.rank_quality: {error}", file=sys.stderr)
-        return 1
-    Console().print(_table(figures))
-    if arguments.json:
-        print(json.dumps(figures | {"dataset": folder.name, "seeds": arguments.seeds, "quick": arguments.quick}))
-    return 0
+    configure_logging(load_settings().telemetry, "benchmarks")
+    folder = data_folder(given.dataset, given.data)
+    log = event_log(folder, work)
+    figures = trivago(log, given) if public.recognise(folder) == "trivago" else movielens(log, work, given)
+    return figures | {"dataset": folder.name, "seeds": given.seeds}
 
 
 def movielens(log: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -98,14 +81,6 @@ def trivago(log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _row(made: Evaluation, name: str) -> Any:
     return next(row for row in made.rows if row.name == name)
-
-
-def folder_of(dataset: str, data: Path | None) -> Path:
-    tried = [Path(dataset), *(folder / dataset for folder in ((data,) if data else _FOLDERS))]
-    for folder in tried:
-        if folder.is_dir():
-            return folder
-    raise ConfigError(f"--dataset {dataset}: no such folder; tried {', '.join(map(str, tried))}; say where with --data")
 
 
 def _table(figures: dict[str, Any]) -> Table:

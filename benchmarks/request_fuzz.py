@@ -5,16 +5,14 @@ number, no text, the far past. On a whole stack, 32 at once. Figures: benchmarks
 only when every answer was OK, INVALID_ARGUMENT or RESOURCE_EXHAUSTED (NOT_FOUND for a replay), and the process lived.
 """
 
-import argparse
 import asyncio
 import json
 import os
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.serve_world import QUICK, make_shop
-from core.errors import RecommenderError
 from core.grpc_runtime import channel
 from devstack.stack import Stack
 from headrace.v1 import ingest_service_pb2 as ingest
@@ -221,27 +219,22 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.request_fuzz", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, help="folder for data, bundle and logs, kept and used again")
-    parser.add_argument("--requests", type=int, default=_REQUESTS)
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help=f"{_QUICK_REQUESTS:,} requests")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-request-fuzz-") as scratch:
-            count = _QUICK_REQUESTS if arguments.quick else arguments.requests
-            result = run(arguments.work or Path(scratch), count, arguments.seed)
-    except RecommenderError as error:
-        print(f"benchmarks.request_fuzz: {error}", file=sys.stderr)
-        return 1
+    command = Command("request_fuzz", __doc__, f"{_QUICK_REQUESTS:,} requests")
+    command.add("--requests", type=int, default=_REQUESTS)
+    command.add("--seed", type=int, default=7)
+    command.add_work()
+    return command.run(
+        lambda given, work: run(work, _QUICK_REQUESTS if given.quick else given.requests, given.seed),
+        print_result,
+        is_good=lambda result: not (result["bad"] or result["restarted"]),
+    )
+
+
+def print_result(result: Mapping[str, Any], console: Console) -> None:
     table = Table("what", "figure", title="Odd requests", title_justify="left")
     for name, value in result.items():
         table.add_row(name, json.dumps(value))
-    Console(stderr=arguments.json, width=160).print(table)
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 1 if result["bad"] or result["restarted"] else 0
+    console.print(table)
 
 
 if __name__ == "__main__":

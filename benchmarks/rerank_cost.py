@@ -5,18 +5,17 @@ but the blend, and with everything on (rules of every kind that hold, fatigue, d
 Figures: benchmarks/rerank_cost.md. Invariant: every feature that is said to be on does something in every round.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from core.bundle import Manifest
 from core.clock import SystemClock
 from core.codec import from_ms
@@ -142,18 +141,15 @@ def _spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rerank_cost", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="5,000 items, 300 rounds")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    result = run(5000, 300) if arguments.quick else run(100_000, _ROUNDS)
+    command = Command("rerank_cost", __doc__, "5,000 items, 300 rounds")
+    return command.run(lambda given, _: run(5000, 300) if given.quick else run(100_000, _ROUNDS), print_result)
+
+
+def print_result(result: Mapping[str, Any], console: Console) -> None:
     table = Table("what", "p50 ms", "p99 ms", title=f"Re-ranking {_CANDIDATES} candidates", title_justify="left")
     for name in ("blend alone", "all on, mmr", "all on, dpp"):
         table.add_row(name, *map(str, result[name].values()))
-    Console(stderr=arguments.json).print(table)
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ Invariant: epochs are chosen by validation; the test is looked at once, when a t
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command, data_folder
 from benchmarks.leave_one_out import LeaveOneOut, read_gsasrec, read_s3rec
 from candidate.encoder import UserEncoder, encode_items
 from candidate.history import Floats
 from candidate.towers import Towers, load_towers, save_towers
-from core.errors import ConfigError, RecommenderError
+from core.errors import ConfigError
 from core.settings import Settings, load_settings
 from core.telemetry import configure_logging
 from offline.baselines import Baseline, Markov, Popularity
@@ -34,8 +33,6 @@ from offline.training.distil import Ensemble
 from offline.training.towers import TrainedTowers, fit_teacher, fit_towers
 from offline.training.validation import Quality, StepsEncoder, ranks_of_scores, target_ranks
 
-DATA_VARIABLE = "HEADRACE_DATA"
-_DATA = Path("../shared/data")
 _FILES = {"ml-1m-gsasrec": "ml-1m-gsasrec", "amazon-beauty": "amazon-beauty/Beauty.txt"}
 _LARGE, _SERVING = "large", "serving"
 # Large towers together, which the serving one learns from; and that before it learnt from the validation items, too.
@@ -92,30 +89,18 @@ class Measured:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval_quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", choices=sorted(_FILES), help="a data set in --data")
-    parser.add_argument("--format", choices=["s3rec", "gsasrec"], help="form of the file or folder that --path names")
-    parser.add_argument("--path", type=Path, help="data of your own")
-    parser.add_argument("--data", type=Path, help=f"folder of the data sets; else ${DATA_VARIABLE}, else {_DATA}")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings, seeds 0, 1, ...")
-    parser.add_argument("--seed", type=int, help="one training, of this seed")
-    parser.add_argument("--work", type=Path, help="keep trainings here and go on from there; else a scratch folder")
-    parser.add_argument("--checkpoint", type=Path, help="a --work of before: test its towers, train nothing")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, help="of torch, while training; else all cores")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch on a tenth of the users")
-    parser.add_argument("--json", action="store_true", help="add one line of JSON")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            result = run(arguments, arguments.checkpoint or arguments.work or Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.retrieval_quality: {error}", file=sys.stderr)
-        return 1
-    _print(result)
-    if arguments.json:
-        print(json.dumps(result))
-    return 0
+    command = Command("retrieval_quality", __doc__, "one seed, one epoch on a tenth of the users")
+    command.add("--dataset", choices=sorted(_FILES), help="a data set in --data")
+    command.add("--format", choices=["s3rec", "gsasrec"], help="form of the file or folder that --path names")
+    command.add("--path", type=Path, help="data of your own")
+    command.add("--seeds", type=int, default=3, help="trainings, seeds 0, 1, ...")
+    command.add("--seed", type=int, help="one training, of this seed")
+    command.add("--checkpoint", type=Path, help="a --work of before: test its towers, train nothing")
+    command.add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    command.add("--threads", type=int, help="of torch, while training; else all cores")
+    command.add_data()
+    command.add_work()
+    return command.run(lambda given, work: run(given, given.checkpoint or work), print_result)
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -163,10 +148,7 @@ def _data(arguments: argparse.Namespace) -> tuple[LeaveOneOut, dict[str, dict[st
         if arguments.format is None:
             raise ConfigError("--path needs --format: s3rec for a file, gsasrec for a folder")
         return (read_s3rec if arguments.format == "s3rec" else read_gsasrec)(arguments.path), _SPARSE
-    root = arguments.data or Path(os.environ.get(DATA_VARIABLE, _DATA))
-    path = root / _FILES[arguments.dataset]
-    if not path.exists():
-        raise ConfigError(f"{path} is not there; set --data or {DATA_VARIABLE} to the folder of {_FILES}")
+    path = data_folder(_FILES[arguments.dataset], arguments.data)
     return (read_s3rec(path), _SPARSE) if path.is_file() else (read_gsasrec(path), _DENSE)
 
 
@@ -280,7 +262,7 @@ def _baselines(data: LeaveOneOut) -> dict[str, Quality]:
     return result
 
 
-def _print(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{result['dataset']}: test, mean of {len(result['seeds'])} seeds")
     for column in ("", "NDCG@10", "HR@10", "validation NDCG@10", "users/s a core", "one by one", "train s"):
         table.add_column(column, justify="left" if not column else "right")
@@ -296,7 +278,7 @@ def _print(result: dict[str, Any]) -> None:
             f"{mean['users_per_second_single']:,.0f}",
             f"{mean['train_seconds']:,.0f}" if "train_seconds" in mean else "",
         )
-    Console(width=110).print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ does nothing else. Figures: benchmarks/retrieve.md. Invariant: all are asked by 
 one after the other, and the client reads the whole reply.
 """
 
-import argparse
 import asyncio
-import json
 import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -29,10 +26,11 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.retrieve_world import item_id, publish_world, user_states
 from candidate.snapshot import read_item_vectors
 from core.bundle import ReleaseBundle
-from core.errors import RecommenderError, StageError
+from core.errors import StageError
 from core.grpc_runtime import GrpcServer, channel
 from core.settings import Settings, load_settings
 from devstack.child import tied
@@ -242,20 +240,8 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieve", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the calls, within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-retrieve-") as scratch:
-            result = run(QUICK if arguments.quick else FULL, Path(scratch))
-    except RecommenderError as error:
-        print(f"benchmarks.retrieve: {error}", file=sys.stderr)
-        return 1
-    print_result(result, Console(stderr=arguments.json))
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    command = Command("retrieve", __doc__, "a tenth of the calls")
+    return command.run(lambda given, work: run(QUICK if given.quick else FULL, work), print_result)
 
 
 if __name__ == "__main__":

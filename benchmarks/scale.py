@@ -7,7 +7,6 @@ turn, all on one core and the others standing still: the slower of the two says 
 core of its own. Figures: benchmarks/scale.md. Invariant: both groups take the same messages, with all rows in memory.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import stream_readings as readings
-from benchmarks.command import Command
+from benchmarks.command import Command, plan_of
 from benchmarks.ingest import post
 from benchmarks.plain_load import PlainConfig, plain_events
 from benchmarks.stream_cluster import PARTITIONS, WORKERS, Cluster, running_cluster
@@ -260,12 +259,7 @@ def main() -> int:
     command.add("--events", type=int, help=f"events of a backlog; else {FULL.events:,}")
     command.add("--rounds", type=int, help=f"times that each is measured; else {FULL.rounds}")
     command.add_work()
-    return command.run(_measure, print_result)
-
-
-def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
-    plan = QUICK if given.quick else FULL
-    return run(Plan(given.events or plan.events, given.rounds or plan.rounds), work)
+    return command.run(lambda given, work: run(plan_of(given, FULL, QUICK, "events", "rounds"), work), print_result)
 
 
 if __name__ == "__main__":

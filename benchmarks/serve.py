@@ -6,12 +6,10 @@ benchmarks/serve.md. Invariant: nothing is cached between requests that would no
 answer is that of all processes of the stack.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,9 +22,10 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.serve_parts import run_parts
 from benchmarks.serve_world import FULL, QUICK, Shop, make_shop
-from core.errors import RecommenderError, StageError
+from core.errors import StageError
 from core.grpc_runtime import blocking_channel
 from devstack.child import tied
 from devstack.stack import Stack
@@ -199,22 +198,11 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, help="folder for data, bundle and logs, kept and used again")
-    parser.add_argument("--quick", action="store_true", help="5,000 items and a few seconds of each load")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="headrace-serve-") as scratch:
-            plan = QUICK_PLAN if arguments.quick else PLAN
-            result = run(plan, arguments.work or Path(scratch), quick=arguments.quick)
-    except RecommenderError as error:
-        print(f"benchmarks.serve: {error}", file=sys.stderr)
-        return 1
-    print_result(result, Console(stderr=arguments.json, width=160))
-    if arguments.json:
-        print(json.dumps(result | {"quick": arguments.quick}))
-    return 0
+    command = Command("serve", __doc__, "5,000 items and a few seconds of each load")
+    command.add_work()
+    return command.run(
+        lambda given, work: run(QUICK_PLAN if given.quick else PLAN, work, quick=given.quick), print_result
+    )
 
 
 if __name__ == "__main__":

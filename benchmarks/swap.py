@@ -10,7 +10,6 @@ import asyncio
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Command
 from benchmarks.ranker_bench import Change, Shop, call_for, percentile, running_ranker
 from core.bundle import (
     CALIBRATION,
@@ -81,23 +81,22 @@ class Figures:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.swap", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer swaps, smaller bundles; within a minute")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
-    arguments = parser.parse_args()
+    command = Command("swap", __doc__, "fewer swaps, smaller bundles")
+    return command.run(_measure, print_result, asdict)
+
+
+def _measure(given: argparse.Namespace, registry: Path) -> Figures:
     torch.set_num_threads(1)
-    plan, settings = QUICK if arguments.quick else FULL, load_settings()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = asyncio.run(Swaps(Path(folder), settings, plan).run())
-    table = Table(title=f"{plan.swaps} swaps in {plan.seconds:.0f} s, {plan.items:,} items, {_CALLERS} callers")
+    return asyncio.run(Swaps(registry, load_settings(), QUICK if given.quick else FULL).run())
+
+
+def print_result(figures: Figures, console: Console) -> None:
+    table = Table(title=f"{figures.swaps} swaps under load, {_CALLERS} callers")
     table.add_column("what")
     table.add_column("value", justify="right")
     for name, value in asdict(figures).items():
         table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
-    Console().print(table)
-    if arguments.json:
-        print(json.dumps(asdict(figures) | {"quick": arguments.quick}))
-    return 0
+    console.print(table)
 
 
 class Swaps:
