@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from candidate import metrics
 from candidate.attributes import Attributes
@@ -19,10 +18,11 @@ from candidate.encoder import UserEncoder, encode_items
 from candidate.index import ItemIndex, load_index
 from candidate.shard import Shard
 from candidate.towers import Towers, load_towers
-from core.bundle import CO_VISITATION, INDEX, ITEM_STATS, ITEM_VECTORS, VECTORS_VERSION, Manifest, ReleaseBundle
+from core.bundle import CO_VISITATION, INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
 from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
+from features import item_vectors
 from features.catalog import Catalog
 from headrace.v1.events_pb2 import Item, ItemStats
 
@@ -180,19 +180,13 @@ def read_item_vectors(bundle: ReleaseBundle) -> Floats:
         ArtifactError: they cannot be read, are no numbers, or are of other towers than the bundle's.
     """
     path = bundle.file(ITEM_VECTORS)
-    try:
-        with safe_open(path, "numpy") as file:
-            vectors = file.get_tensor("vectors")
-            # A bundle of an earlier version does not say whose they are.
-            version = (file.metadata() or {}).get(VECTORS_VERSION, bundle.manifest.embedding_version)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); run `headrace train`") from error
+    vectors, version = item_vectors.read_item_vectors(path)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ArtifactError(f"{path} does not hold vectors of finite numbers; run `headrace train`")
-    if version != bundle.manifest.embedding_version:
+    # A bundle of an earlier version does not say whose they are.
+    if version is not None and version != bundle.manifest.embedding_version:
         raise ArtifactError(
             f"bundle {bundle.version}: the vectors are of embedding version {version}, the manifest says "
             f"{bundle.manifest.embedding_version}; run `headrace train`"
         )
-    found: Floats = vectors.astype(np.float32)
-    return found
+    return vectors

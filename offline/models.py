@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from candidate.co_visitation import CoVisitation, load_co_visitation
 from candidate.encoder import UserEncoder
@@ -21,6 +19,7 @@ from candidate.towers import load_towers
 from core.bundle import CO_VISITATION_FACTS, ITEM_VECTORS
 from core.errors import ArtifactError
 from core.settings import Settings
+from features import item_vectors
 from features.catalog import Catalog, Floats, Rows
 from features.vectors import ranker_input
 from features.windows import UserState
@@ -98,11 +97,7 @@ class Models:
 
 def read_item_vectors(folder: Path) -> Floats:
     """Item vectors of a bundle, [n, d]. Raises ArtifactError where the file cannot be read."""
-    try:
-        vectors: Floats = load_file(folder / ITEM_VECTORS)["vectors"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{folder / ITEM_VECTORS} cannot be read ({error}); train again or roll back") from error
-    return vectors
+    return item_vectors.read_item_vectors(folder / ITEM_VECTORS)[0]
 
 
 def _without(pool: Pool, excluded: Rows, limit: int | None) -> Pool:

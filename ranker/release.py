@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from core.bundle import ITEM_VECTORS, RANKER_FORM, RANKER_INT8, RANKER_ONNX, RANKER_PROBE, ReleaseBundle
 from core.clock import Clock
@@ -20,6 +18,7 @@ from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
 from features.catalog import Catalog, Floats, Rows
+from features.item_vectors import read_item_vectors
 from features.vectors import SIGNATURE, RankerInput, ranker_input
 from features.windows import Interaction, UserState
 from headrace.v1.events_pb2 import Item, ItemStats
@@ -135,7 +134,7 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
     catalog = Catalog(settings.features)
     for item in bundle.items():
         catalog.upsert(item)
-    vectors = _item_vectors(bundle)
+    vectors, _ = read_item_vectors(bundle.file(ITEM_VECTORS))
     if vectors.shape != (len(catalog), model.config.dimension):
         raise ArtifactError(
             f"bundle {bundle.version}: {len(catalog)} items, a ranker for {model.config.dimension} dimensions, but "
@@ -256,11 +255,3 @@ def warm_up(release: Release, settings: Settings) -> None:
                 raise ArtifactError(
                     f"bundle {release.manifest.bundle_version}: the ranker's scores are not finite; train again"
                 )
-
-
-def _item_vectors(bundle: ReleaseBundle) -> Floats:
-    try:
-        vectors: Floats = load_file(bundle.file(ITEM_VECTORS))["vectors"].astype(np.float32, copy=False)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"bundle {bundle.version}: {ITEM_VECTORS} cannot be read ({error}); train again") from error
-    return vectors

@@ -12,8 +12,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from core import bundle as bundles
 from core.bundle import Manifest, ReleaseBundle
@@ -23,6 +21,7 @@ from core.settings import Settings
 from core.telemetry import get_logger
 from features.catalog import Catalog, Floats, Rows
 from features.catalog_feed import CatalogFeed
+from features.item_vectors import read_item_vectors
 from headrace.v1.events_pb2 import Item, ItemStats
 from serving.popular import PopularLists
 from serving.rerank.rules import Rules
@@ -97,10 +96,7 @@ def load_release(bundle: ReleaseBundle, settings: Settings) -> Release:
 
 def _item_vectors(bundle: ReleaseBundle) -> Floats:
     path = bundle.file(bundles.ITEM_VECTORS)
-    try:
-        vectors: Floats = load_file(path)["vectors"].astype(np.float32)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); train again or roll back") from error
+    vectors, _ = read_item_vectors(path)
     if vectors.ndim != 2 or not 0 < len(vectors) <= bundle.manifest.item_count:
         raise ArtifactError(f"{path} holds {vectors.shape} vectors of {bundle.manifest.item_count} items; train again")
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
