@@ -146,9 +146,6 @@ def count(partial: ItemPartial, events: Iterable[UserEvent], settings: FeaturesS
 
 
 def _note_items(items: MutableMapping[ItemKey, list[UserEvent]], received: Received) -> None:
-    event, partition = received.event, received.raw.partition
-    if not event.item_id:
-        for item_id in received.shown:
-            items.setdefault((item_id, partition), []).append(event._replace(item_id=item_id))
-    else:
-        items.setdefault((event.item_id, partition), []).append(event)
+    event = received.event
+    for key in items_of(received):
+        items.setdefault(key, []).append(event if event.item_id else event._replace(item_id=key[0]))
