@@ -6,8 +6,10 @@ from has happened at, or after, the time of what is predicted; events of one use
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +178,11 @@ class _Predictor:
         self._seen: dict[str, set[int]] = {}
         self._baselines = all_baselines(self._count)
         self._tallies = [_Tally(name) for name in (*(b.name for b in self._baselines), RETRIEVAL, RANKING)]
-        self._pairs = PairsTimeline(list(read_entries(log)), settings)
-        for group in self.replay.groups(read_entries(log, end_ms=split_ms)):
+        entries = list(read_entries(log))
+        split = bisect_left(entries, split_ms, key=attrgetter("time_ms"))
+        self._newer = entries[split:]
+        self._pairs = PairsTimeline(entries, settings)
+        for group in self.replay.groups(entries[:split]):
             self._observe(group)
         self._warm = {user for user, state in self.replay.states.items() if state.revision >= WARM_EVENTS}
 
@@ -187,7 +192,7 @@ class _Predictor:
         every = max(1, round(moments / limit)) if limit else 1
         waiting: list[Group] = []
         with reporter.bar("predicting", moments) as advance:
-            for group in self.replay.groups(read_entries(self._log, start_ms=self._split_ms)):
+            for group in self.replay.groups(self._newer):
                 if waiting and waiting[0].time_ms < group.time_ms:
                     for earlier in waiting:
                         self._observe(earlier)

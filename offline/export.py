@@ -123,7 +123,7 @@ def write_form(folder: Path, form: str, settings: Settings) -> Drift:
 
 def measure(folder: Path, network: Network, model: RankerModel, settings: Settings) -> Drift:
     """A form against the network as trained, on the probe in `folder`."""
-    probe, table = load_probe(folder), _table(folder, settings)
+    probe, table = load_probe(folder), _table(model, folder, settings)
     reference = TorchNetwork(model, torch.device("cpu"))
     batches = probe_batches(probe, model.config.dimension, len(table))
     return Drift(
@@ -148,7 +148,8 @@ def write_triton(folder: Path, target: Path, settings: Settings) -> Path:
     The items' vectors and categories are in the file, so that requests of several users make one batch. Triton
     batches requests of equal shape only: pad candidates to one length (rows of -1).
     """
-    model, table = load_ranker(folder), _table(folder, settings)
+    model = load_ranker(folder)
+    table = _table(model, folder, settings)
     home = target / "headrace_ranker"
     (home / "1").mkdir(parents=True, exist_ok=True)
     path = home / "1" / "model.onnx"
@@ -240,11 +241,11 @@ def _quantise(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
-def _table(folder: Path, settings: Settings) -> ItemTable:
+def _table(model: RankerModel, folder: Path, settings: Settings) -> ItemTable:
     catalog = Catalog(settings.features)
     for item in read_delimited(folder / names.ITEMS, Item):
         catalog.upsert(item)
-    return item_table(load_ranker(folder), read_item_vectors(folder), catalog.column("categories"), torch.device("cpu"))
+    return item_table(model, read_item_vectors(folder), catalog.column("categories"), torch.device("cpu"))
 
 
 def _ndcg(network: Network, probe: Probe, batches: Sequence[RankerBatch], table: ItemTable) -> float:
