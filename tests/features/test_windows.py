@@ -82,6 +82,16 @@ def test_a_state_survives_its_encoding(stream) -> None:
     assert windows.decode(windows.encode(state)) == state
 
 
+def test_a_state_with_many_category_buckets_survives_its_encoding() -> None:
+    """Bucket numbers of more than seven bits take two bytes each."""
+    many = FEATURES.model_copy(update={"category_buckets": 100_000})
+    state = UserState()
+    categories = tuple(f"category-{number}" for number in range(50))
+    windows.apply(state, [UserEvent("u", 1, "item", "click", START_MS, 1.0, 1.0, categories)], many)
+    assert max(state.affinity[0][1]) > 0x3FFF
+    assert windows.decode(windows.encode(state)) == state
+
+
 @given(unique_events, st.integers(0, 60))
 def test_replayed_offsets_are_skipped(stream, back) -> None:
     placed = [event._replace(position=Position(7, 0, offset)) for offset, event in enumerate(stream)]
