@@ -2,13 +2,16 @@
 
 Each replica of candidate, ranker and serving holds one, loads it from the bundle and keeps it fresh from the
 compacted topics. Invariant: a row number, once given to an item_id, stays that item's for the life of the catalogue;
-a removed item keeps its row and is not available. One writer; readers may run beside it.
+a removed item keeps its row and is not available. One writer; readers may run beside it (between two columns of a row
+it may change; whoever needs rows of one moment holds it still with `held`).
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from itertools import repeat
+from threading import Lock
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,15 @@ CATEGORIES_PER_ITEM = 4
 # Rows of the rankers' and towers' category tables; 0 is "none".
 CATEGORY_VOCABULARY = 1024
 _NEVER_MS = np.iinfo(np.int64).max
+# What features read of an item's description.
+_DESCRIPTION = np.dtype(
+    [
+        ("publish_ms", np.int64),
+        ("year", np.float32),
+        ("log_price", np.float32),
+        ("buckets", np.int32, CATEGORIES_PER_ITEM),
+    ]
+)
 
 Rows = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -35,16 +47,26 @@ def category_number(category: str) -> int:
 
 
 class Catalog:
-    """Items and their statistics, by row."""
+    """Items and their statistics, by row.
 
-    def __init__(self, settings: FeaturesSettings) -> None:
+    Args:
+        settings: what is counted, and how.
+        with_revisions: `stats_revisions` are asked for; they take about 200 bytes per row of statistics.
+    """
+
+    def __init__(self, settings: FeaturesSettings, *, with_revisions: bool = False) -> None:
         self._settings = settings
+        self._with_revisions = with_revisions
+        # Held while a row changes: `held`.
+        self._changing = Lock()
         self._clicks = [kind for kind in settings.positive_kinds if kind != "dwell"]
         self._unknown_popularity = [(0, 0.0)] * len(settings.half_lives_seconds)
         self._row_of: dict[str, int] = {}
         self.item_ids: list[str] = []
         self.items: list[Item] = []
         self._partials: dict[int, dict[int, ItemPartial]] = {}
+        # Of the same partials: headrace.v1.StatsRevisions of one, encoded.
+        self._revisions: dict[int, dict[int, bytes]] = {}
         # segment -> row -> log2 of the decayed sum of its users, as column log2_popularity.
         self._segments: dict[str, dict[int, float]] = {}
         # Goes up with every change; caches of derived arrays compare it.
@@ -74,8 +96,16 @@ class Catalog:
         count = len(self.item_ids)
         return self._columns[name][:count]
 
+    def held(self) -> Lock:
+        """`with catalog.held():` no row changes meanwhile; the writer waits, so keep it short."""
+        return self._changing
+
     def upsert(self, item: Item) -> int:
         """Adds or replaces an item; returns its row."""
+        with self._changing:
+            return self._upsert(item)
+
+    def _upsert(self, item: Item) -> int:
         row = self._row_for(item.item_id)
         self.items[row] = item
         columns = self._columns
@@ -104,10 +134,19 @@ class Catalog:
     def put_stats(self, stats: ItemStats) -> int:
         """Replaces the partial sums of one (item, source partition); returns the item's row."""
         partial = item_stats.decode(stats, with_offsets=False)
-        return self.put_partial(stats.item_id, stats.source_partition, partial)
+        revision = item_stats.revision_of(stats) if self._with_revisions else b""
+        with self._changing:
+            row = self._put_partial(stats.item_id, stats.source_partition, partial)
+            if revision:
+                self._revisions.setdefault(row, {})[stats.source_partition] = revision
+        return row
 
     def put_partial(self, item_id: str, source_partition: int, partial: ItemPartial) -> int:
         """`put_stats` for whoever has the sums at hand already."""
+        with self._changing:
+            return self._put_partial(item_id, source_partition, partial)
+
+    def _put_partial(self, item_id: str, source_partition: int, partial: ItemPartial) -> int:
         row = self._row_for(item_id)
         by_partition = self._partials.setdefault(row, {})
         by_partition[source_partition] = partial
@@ -131,6 +170,26 @@ class Catalog:
     def stats(self, row: int) -> ItemPartial:
         """The added-up statistics of an item."""
         return item_stats.add_up(self._partials.get(row, {}).values())
+
+    def stats_revisions(self, rows: Rows) -> list[bytes]:
+        """Which rows of statistics each item's were added up from, in that order: headrace.v1.StatsRevisions, encoded.
+
+        Empty for an item without any; of what `put_stats` was told, with `with_revisions`.
+        """
+        return [b"".join(self._revisions.get(row, {}).values()) for row in rows.tolist()]
+
+    def digests(self, rows: Rows) -> list[int]:
+        """Checksum, 1..2^32-1, of what features read of each item's description; 0 for row -1."""
+        columns = self._columns
+        read = np.empty(len(rows), _DESCRIPTION)
+        for name in _DESCRIPTION.names or ():
+            read[name] = columns[name][rows]
+        raw, width = read.tobytes(), _DESCRIPTION.itemsize
+        starts = range(0, len(raw), width)
+        return [
+            max(1, crc32(raw[at : at + width])) if row >= 0 else 0
+            for at, row in zip(starts, rows.tolist(), strict=True)
+        ]
 
     def partials(self) -> Iterable[tuple[str, int, ItemPartial]]:
         """All partial sums: item_id, source partition, sums."""

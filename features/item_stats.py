@@ -15,6 +15,7 @@ from features.positions import Offsets
 from features.transforms import engagement_weight, stable_hash
 from features.windows import OTHER_KINDS, Position, UserEvent
 from headrace.v1.events_pb2 import ItemStats as ItemStatsProto
+from headrace.v1.feature_log_pb2 import StatsRevision, StatsRevisions
 
 # Of one row; segments are few, and who invents one for each event must not make rows grow without end.
 SEGMENTS_MAX = 64
@@ -158,3 +159,14 @@ def decode(proto: ItemStatsProto, *, with_offsets: bool = True) -> ItemPartial:
         [(entry.landmark, entry.sum) for entry in proto.popularity],
         {entry.segment: (entry.landmark, entry.sum) for entry in proto.segments},
     )
+
+
+def revision_of(proto: ItemStatsProto) -> bytes:
+    """What a row is known by: headrace.v1.StatsRevisions of one, encoded; those of several rows may be joined."""
+    one = StatsRevision(
+        source_partition=proto.source_partition,
+        revision=proto.revision,
+        watermark_ms=proto.watermark_ms,
+        offsets=proto.offsets,
+    )
+    return StatsRevisions(revisions=[one]).SerializeToString()

@@ -32,6 +32,7 @@ _SCALARS = {
     FieldDescriptor.TYPE_INT32: pa.int32(),
     FieldDescriptor.TYPE_INT64: pa.int64(),
     FieldDescriptor.TYPE_BOOL: pa.bool_(),
+    FieldDescriptor.TYPE_BYTES: pa.binary(),
 }
 # Columns that repeat themselves: read as dictionaries, which a million rows need.
 _REPETITIVE = frozenset(
@@ -304,4 +305,5 @@ def _defaults(f: pa.Field, rows: int) -> pa.Array:
         return pa.nulls(rows, f.type)
     if pa.types.is_list(f.type) or pa.types.is_map(f.type):
         return pa.array([[]] * rows, type=f.type)
-    return pa.repeat(pa.scalar("") if pa.types.is_string(f.type) else pa.scalar(0).cast(f.type), rows)
+    empty = {pa.string(): "", pa.binary(): b""}
+    return pa.repeat(pa.scalar(empty[f.type]) if f.type in empty else pa.scalar(0).cast(f.type), rows)

@@ -257,6 +257,7 @@ class ImpressionList(_message.Message):
     STATE_REVISION_FIELD_NUMBER: _builtins.int
     IMPRESSIONS_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     user_id: _builtins.str
     recommendation_id: _builtins.str
@@ -271,6 +272,10 @@ class ImpressionList(_message.Message):
     index_version: _builtins.str
     state_revision: _builtins.int
     """Revision of the user's state that the answer was made from."""
+    features: _builtins.bytes
+    """headrace.v1.LoggedFeatures, encoded, of at most 256 KiB: what the ranker read. Of a share of the answers, the setting
+    serving.feature_log_share; empty in the others.
+    """
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -295,10 +300,11 @@ class ImpressionList(_message.Message):
         state_revision: _builtins.int = ...,
         impressions: _abc.Iterable[Global___Impression] | None = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        features: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "device", b"device", "event_id", b"event_id", "event_time", b"event_time", "experiment_arm", b"experiment_arm", "impressions", b"impressions", "index_version", b"index_version", "model_version", b"model_version", "recommendation_id", b"recommendation_id", "served_tier", b"served_tier", "session_id", b"session_id", "state_revision", b"state_revision", "surface", b"surface", "tags", b"tags", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_version", b"bundle_version", "device", b"device", "event_id", b"event_id", "event_time", b"event_time", "experiment_arm", b"experiment_arm", "features", b"features", "impressions", b"impressions", "index_version", b"index_version", "model_version", b"model_version", "recommendation_id", b"recommendation_id", "served_tier", b"served_tier", "session_id", b"session_id", "state_revision", b"state_revision", "surface", b"surface", "tags", b"tags", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

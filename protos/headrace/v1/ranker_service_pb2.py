@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from headrace.v1 import feature_log_pb2 as headrace_dot_v1_dot_feature__log__pb2
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/ranker_service.proto\x12\x0bheadrace.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17headrace/v1/types.proto\"\xa6\x01\n\x15RankCandidatesRequest\x12*\n\x05users\x18\x01 \x03(\x0b\x32\x1b.headrace.v1.UserCandidates\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x03 \x01(\t\x12\x1d\n\x10least_confidence\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x13\n\x11_least_confidence\"\xd3\x01\n\x0eUserCandidates\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\x10\n\x08item_ids\x18\x04 \x03(\t\x12\x0e\n\x06scores\x18\x05 \x03(\x02\x12\x13\n\x0bsource_bits\x18\x06 \x03(\r\x12%\n\x07\x63ontext\x18\x07 \x01(\x0b\x32\x14.headrace.v1.Context\x12\x30\n\x0crequest_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8a\x01\n\x16RankCandidatesResponse\x12&\n\x05users\x18\x01 \x03(\x0b\x32\x17.headrace.v1.RankedUser\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x03 \x01(\t\x12\x19\n\x11\x66\x65\x61ture_signature\x18\x04 \x01(\t\"\xaf\x01\n\nRankedUser\x12\x14\n\x0c\x63lick_scores\x18\x01 \x03(\x02\x12\x19\n\x11\x63onversion_scores\x18\x02 \x03(\x02\x12\x14\n\x0cvalue_scores\x18\x03 \x03(\x02\x12\x0e\n\x06scores\x18\x04 \x03(\x02\x12\x13\n\x0b\x63onfidences\x18\x05 \x03(\x02\x12\x18\n\x10\x62\x65low_confidence\x18\x06 \x03(\x08\x12\x1b\n\x13\x63lick_uncertainties\x18\x07 \x03(\x02\"\"\n RankerServiceGetModelInfoRequest\"\x90\x03\n!RankerServiceGetModelInfoResponse\x12\x16\n\x0e\x62undle_version\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x19\n\x11\x66\x65\x61ture_signature\x18\x03 \x01(\t\x12\x17\n\x0fparameter_count\x18\x04 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12-\n\tload_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12L\n\x07metrics\x18\x07 \x03(\x0b\x32;.headrace.v1.RankerServiceGetModelInfoResponse.MetricsEntry\x12\x1e\n\x16loaded_bundle_versions\x18\x08 \x03(\t\x12\x1d\n\x15shadow_bundle_version\x18\t \x01(\t\x12\x0c\n\x04\x66orm\x18\n \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xd9\x01\n\rRankerService\x12Y\n\x0eRankCandidates\x12\".headrace.v1.RankCandidatesRequest\x1a#.headrace.v1.RankCandidatesResponse\x12m\n\x0cGetModelInfo\x12-.headrace.v1.RankerServiceGetModelInfoRequest\x1a..headrace.v1.RankerServiceGetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/ranker_service.proto\x12\x0bheadrace.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dheadrace/v1/feature_log.proto\x1a\x17headrace/v1/types.proto\"\xa6\x01\n\x15RankCandidatesRequest\x12*\n\x05users\x18\x01 \x03(\x0b\x32\x1b.headrace.v1.UserCandidates\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x03 \x01(\t\x12\x1d\n\x10least_confidence\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x13\n\x11_least_confidence\"\xec\x01\n\x0eUserCandidates\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\x12\x11\n\tembedding\x18\x03 \x03(\x02\x12\x10\n\x08item_ids\x18\x04 \x03(\t\x12\x0e\n\x06scores\x18\x05 \x03(\x02\x12\x13\n\x0bsource_bits\x18\x06 \x03(\r\x12%\n\x07\x63ontext\x18\x07 \x01(\x0b\x32\x14.headrace.v1.Context\x12\x30\n\x0crequest_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0flog_features_of\x18\t \x01(\x05\"\x8a\x01\n\x16RankCandidatesResponse\x12&\n\x05users\x18\x01 \x03(\x0b\x32\x17.headrace.v1.RankedUser\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x03 \x01(\t\x12\x19\n\x11\x66\x65\x61ture_signature\x18\x04 \x01(\t\"\xde\x01\n\nRankedUser\x12\x14\n\x0c\x63lick_scores\x18\x01 \x03(\x02\x12\x19\n\x11\x63onversion_scores\x18\x02 \x03(\x02\x12\x14\n\x0cvalue_scores\x18\x03 \x03(\x02\x12\x0e\n\x06scores\x18\x04 \x03(\x02\x12\x13\n\x0b\x63onfidences\x18\x05 \x03(\x02\x12\x18\n\x10\x62\x65low_confidence\x18\x06 \x03(\x08\x12\x1b\n\x13\x63lick_uncertainties\x18\x07 \x03(\x02\x12-\n\x08\x66\x65\x61tures\x18\x08 \x01(\x0b\x32\x1b.headrace.v1.LoggedFeatures\"\"\n RankerServiceGetModelInfoRequest\"\x90\x03\n!RankerServiceGetModelInfoResponse\x12\x16\n\x0e\x62undle_version\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x19\n\x11\x66\x65\x61ture_signature\x18\x03 \x01(\t\x12\x17\n\x0fparameter_count\x18\x04 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12-\n\tload_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12L\n\x07metrics\x18\x07 \x03(\x0b\x32;.headrace.v1.RankerServiceGetModelInfoResponse.MetricsEntry\x12\x1e\n\x16loaded_bundle_versions\x18\x08 \x03(\t\x12\x1d\n\x15shadow_bundle_version\x18\t \x01(\t\x12\x0c\n\x04\x66orm\x18\n \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xd9\x01\n\rRankerService\x12Y\n\x0eRankCandidates\x12\".headrace.v1.RankCandidatesRequest\x1a#.headrace.v1.RankCandidatesResponse\x12m\n\x0cGetModelInfo\x12-.headrace.v1.RankerServiceGetModelInfoRequest\x1a..headrace.v1.RankerServiceGetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,20 +36,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RANKERSERVICEGETMODELINFORESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_RANKERSERVICEGETMODELINFORESPONSE_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_RANKCANDIDATESREQUEST']._serialized_start=108
-  _globals['_RANKCANDIDATESREQUEST']._serialized_end=274
-  _globals['_USERCANDIDATES']._serialized_start=277
-  _globals['_USERCANDIDATES']._serialized_end=488
-  _globals['_RANKCANDIDATESRESPONSE']._serialized_start=491
-  _globals['_RANKCANDIDATESRESPONSE']._serialized_end=629
-  _globals['_RANKEDUSER']._serialized_start=632
-  _globals['_RANKEDUSER']._serialized_end=807
-  _globals['_RANKERSERVICEGETMODELINFOREQUEST']._serialized_start=809
-  _globals['_RANKERSERVICEGETMODELINFOREQUEST']._serialized_end=843
-  _globals['_RANKERSERVICEGETMODELINFORESPONSE']._serialized_start=846
-  _globals['_RANKERSERVICEGETMODELINFORESPONSE']._serialized_end=1246
-  _globals['_RANKERSERVICEGETMODELINFORESPONSE_METRICSENTRY']._serialized_start=1200
-  _globals['_RANKERSERVICEGETMODELINFORESPONSE_METRICSENTRY']._serialized_end=1246
-  _globals['_RANKERSERVICE']._serialized_start=1249
-  _globals['_RANKERSERVICE']._serialized_end=1466
+  _globals['_RANKCANDIDATESREQUEST']._serialized_start=139
+  _globals['_RANKCANDIDATESREQUEST']._serialized_end=305
+  _globals['_USERCANDIDATES']._serialized_start=308
+  _globals['_USERCANDIDATES']._serialized_end=544
+  _globals['_RANKCANDIDATESRESPONSE']._serialized_start=547
+  _globals['_RANKCANDIDATESRESPONSE']._serialized_end=685
+  _globals['_RANKEDUSER']._serialized_start=688
+  _globals['_RANKEDUSER']._serialized_end=910
+  _globals['_RANKERSERVICEGETMODELINFOREQUEST']._serialized_start=912
+  _globals['_RANKERSERVICEGETMODELINFOREQUEST']._serialized_end=946
+  _globals['_RANKERSERVICEGETMODELINFORESPONSE']._serialized_start=949
+  _globals['_RANKERSERVICEGETMODELINFORESPONSE']._serialized_end=1349
+  _globals['_RANKERSERVICEGETMODELINFORESPONSE_METRICSENTRY']._serialized_start=1303
+  _globals['_RANKERSERVICEGETMODELINFORESPONSE_METRICSENTRY']._serialized_end=1349
+  _globals['_RANKERSERVICE']._serialized_start=1352
+  _globals['_RANKERSERVICE']._serialized_end=1569
 # @@protoc_insertion_point(module_scope)

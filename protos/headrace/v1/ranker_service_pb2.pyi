@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from headrace.v1 import feature_log_pb2 as _feature_log_pb2
 from headrace.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -68,9 +69,12 @@ class UserCandidates(_message.Message):
     SOURCE_BITS_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     REQUEST_TIME_FIELD_NUMBER: _builtins.int
+    LOG_FEATURES_OF_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     state: _builtins.bytes
     """headrace.v1.UserState, encoded. Empty = unknown user."""
+    log_features_of: _builtins.int
+    """Tell the features of so many candidates, best first, 0..512. 0 = of none."""
     @_builtins.property
     def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The user's vector, of the bundle's embedding version. Empty = none."""
@@ -104,10 +108,11 @@ class UserCandidates(_message.Message):
         source_bits: _abc.Iterable[_builtins.int] | None = ...,
         context: _types_pb2.Context | None = ...,
         request_time: _timestamp_pb2.Timestamp | None = ...,
+        log_features_of: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "request_time", b"request_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embedding", b"embedding", "item_ids", b"item_ids", "request_time", b"request_time", "scores", b"scores", "source_bits", b"source_bits", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "embedding", b"embedding", "item_ids", b"item_ids", "log_features_of", b"log_features_of", "request_time", b"request_time", "scores", b"scores", "source_bits", b"source_bits", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -155,6 +160,7 @@ class RankedUser(_message.Message):
     CONFIDENCES_FIELD_NUMBER: _builtins.int
     BELOW_CONFIDENCE_FIELD_NUMBER: _builtins.int
     CLICK_UNCERTAINTIES_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def click_scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Parallel to UserCandidates.item_ids; each a calibrated probability, 0..1."""
@@ -181,6 +187,10 @@ class RankedUser(_message.Message):
 
     @_builtins.property
     def click_uncertainties(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def features(self) -> _feature_log_pb2.LoggedFeatures:
+        """Where the request gives log_features_of."""
+
     def __init__(
         self,
         *,
@@ -191,10 +201,11 @@ class RankedUser(_message.Message):
         confidences: _abc.Iterable[_builtins.float] | None = ...,
         below_confidence: _abc.Iterable[_builtins.bool] | None = ...,
         click_uncertainties: _abc.Iterable[_builtins.float] | None = ...,
+        features: _feature_log_pb2.LoggedFeatures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_confidence", b"below_confidence", "click_scores", b"click_scores", "click_uncertainties", b"click_uncertainties", "confidences", b"confidences", "conversion_scores", b"conversion_scores", "scores", b"scores", "value_scores", b"value_scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_confidence", b"below_confidence", "click_scores", b"click_scores", "click_uncertainties", b"click_uncertainties", "confidences", b"confidences", "conversion_scores", b"conversion_scores", "features", b"features", "scores", b"scores", "value_scores", b"value_scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
