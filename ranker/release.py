@@ -17,11 +17,13 @@ from core.clock import Clock
 from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
+from features import feature_log
 from features.catalog import Catalog, Floats, Rows
 from features.item_vectors import read_item_vectors
 from features.vectors import SIGNATURE, RankerInput, ranker_input
 from features.windows import Interaction, UserState
 from headrace.v1.events_pb2 import Item, ItemStats
+from headrace.v1.feature_log_pb2 import LoggedFeatures
 from ranker import metrics
 from ranker.calibration import load_calibration
 from ranker.forms import (
@@ -60,6 +62,8 @@ class UserJob:
     retrieval_scores: Floats
     source_bits: Rows
     now_ms: int
+    # So many candidates' features are told, best first.
+    log_features_of: int = 0
 
 
 class Release:
@@ -88,7 +92,7 @@ class Release:
     def score(self, jobs: Sequence[UserJob], settings: Settings) -> list[Scores]:
         """Scores of users that are all to be scored by this release."""
         with _timed("features"):
-            inputs = [self._input(job, settings) for job in jobs]
+            inputs, noted = self._inputs(jobs, settings)
         vectors = [job.user_vector for job in jobs]
         with _timed("model"):
             made = self.scorer.score(inputs, vectors)
@@ -96,7 +100,30 @@ class Release:
             with _timed("health"):
                 states, times_ms = [job.state for job in jobs], [job.now_ms for job in jobs]
                 self.health.see(states, vectors, times_ms, inputs, [one.score for one in made])
+        for index, features in noted.items():
+            best = np.argsort(-made[index].score, kind="stable")[: jobs[index].log_features_of]
+            feature_log.keep(features, best.tolist())
+            made[index] = made[index]._replace(features=features)
         return made
+
+    def _inputs(
+        self, jobs: Sequence[UserJob], settings: Settings
+    ) -> tuple[list[RankerInput], dict[int, LoggedFeatures]]:
+        """What the model reads of each job; and of those that log it, by index, what it was made from."""
+        inputs: list[RankerInput] = []
+        noted: dict[int, LoggedFeatures] = {}
+        for index, job in enumerate(jobs):
+            if not job.log_features_of:
+                inputs.append(self._input(job, settings))
+                continue
+            # A row that changed meanwhile would be of neither revision.
+            with self.catalog.held():
+                made = self._input(job, settings)
+                noted[index] = feature_log.note(
+                    job.state, job.item_ids, made, self.catalog, job.now_ms, self.manifest.bundle_version
+                )
+            inputs.append(made)
+        return inputs, noted
 
     def _input(self, job: UserJob, settings: Settings) -> RankerInput:
         rows = self.catalog.rows(job.item_ids)
@@ -131,7 +158,7 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
     model = load_ranker(bundle.path)
     if model.config.model_version != manifest.model_version:
         raise ArtifactError(f"bundle {bundle.version} names ranker {manifest.model_version} but holds another")
-    catalog = Catalog(settings.features)
+    catalog = Catalog(settings.features, with_revisions=True)
     for item in bundle.items():
         catalog.upsert(item)
     vectors, _ = read_item_vectors(bundle.file(ITEM_VECTORS))

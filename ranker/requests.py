@@ -8,7 +8,7 @@ import numpy as np
 
 from core.codec import MAX_ID_CHARS, MAX_TIME_MS, MIN_TIME_MS, to_ms
 from core.errors import InvalidRequestError, MalformedEventError
-from features import windows
+from features import feature_log, windows
 from features.windows import UserState
 from headrace.v1.ranker_service_pb2 import RankCandidatesRequest, UserCandidates
 from ranker.release import Release, UserJob
@@ -45,6 +45,10 @@ def _job(field: str, user: UserCandidates, release: Release, now_ms: int) -> Use
     for name, length in (("scores", len(user.scores)), ("source_bits", len(user.source_bits))):
         if length != count:
             raise InvalidRequestError(f"{field}.{name}", f"length {length} differs from that of item_ids, {count}")
+    if not 0 <= user.log_features_of <= feature_log.MAX_CANDIDATES:
+        raise InvalidRequestError(
+            f"{field}.log_features_of", f"0..{feature_log.MAX_CANDIDATES}, not {user.log_features_of}"
+        )
     dimension = len(user.embedding)
     if dimension not in (0, release.dimension):
         raise InvalidRequestError(
@@ -59,6 +63,7 @@ def _job(field: str, user: UserCandidates, release: Release, now_ms: int) -> Use
         # Only the bits of known sources are read; a sign bit must not overflow.
         (np.array(user.source_bits, np.int64) & 0x7FFFFFFF).astype(np.int32),
         _time_ms(field, user, now_ms),
+        user.log_features_of,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from features.catalog import Floats, Rows
 from features.vectors import CANDIDATE_FEATURES, USER_FEATURES, RankerInput
+from headrace.v1.feature_log_pb2 import LoggedFeatures
 from ranker.calibration import Calibration
 from ranker.forms import Network, TorchNetwork
 from ranker.model import CLICK, CONVERSION, HEADS, VALUE, RankerBatch, RankerModel, item_table
@@ -45,6 +46,8 @@ class Scores(NamedTuple):
     uncertainty: Floats
     # Inputs and outputs that were not finite and were replaced.
     replaced_count: int
+    # What was read, of some candidates, where the job asked for it.
+    features: LoggedFeatures | None = None
 
 
 class Scorer:

@@ -95,6 +95,7 @@ def _ranked(scores: Scores, least_confidence: float | None) -> pb.RankedUser:
         value_scores=scores.value.tolist(),
         scores=scores.score.tolist(),
         confidences=scores.confidence.tolist(),
+        features=scores.features,
     )
     if least_confidence is not None:
         ranked.below_confidence.extend((scores.confidence < least_confidence).tolist())

@@ -93,7 +93,7 @@ def is_chosen(job: UserJob, share: float) -> bool:
 def for_release(job: UserJob, release: Release) -> UserJob:
     """The same question to another release; without the user's vector where that is of another embedding."""
     same = job.release.manifest.embedding_version == release.manifest.embedding_version
-    return replace(job, release=release, user_vector=job.user_vector if same else None)
+    return replace(job, release=release, user_vector=job.user_vector if same else None, log_features_of=0)
 
 
 def top_overlap(scores: Floats, others: Floats) -> float:

@@ -23,9 +23,9 @@ from core.grpc_runtime import GrpcServer, channel
 from core.kafka import Record
 from core.settings import Settings, load_settings
 from core.topics import Topics
-from features import item_stats, windows
+from features import feature_log, item_stats, windows
 from features.item_stats import ItemPartial
-from features.vectors import SIGNATURE
+from features.vectors import SIGNATURE, ranker_input
 from features.windows import UserEvent, UserState
 from headrace.v1.events_pb2 import Item
 from headrace.v1.ranker_service_pb2 import (
@@ -431,3 +431,58 @@ def test_settings_of_another_dimension_do_not_matter(make_bundle: MakeBundle, re
     make_bundle()
     other = load_settings(None, {"registry": registry_settings.registry.model_dump(), "offline": {"dimension": 128}})
     assert Releases(other, ManualClock(T0_MS)).current.dimension == DIMENSION
+
+
+async def test_features_are_told_of_the_best_and_are_what_the_model_read(
+    make_bundle: MakeBundle, start: Start, state_of: State, registry_settings: Settings
+) -> None:
+    make_bundle()
+    running = await start()
+    state = state_of(5, 6)
+    state.offsets = {(7, 1): 3}
+    question = asked(*range(30), 999, state=state, request_time=from_ms(T0_MS + 7_200_000))
+    plain = (await running.rank(question)).users[0]
+    assert not plain.HasField("features")
+    question.log_features_of = 4
+    answer = await running.rank(question, asked(1))
+    told, features = answer.users[0], answer.users[0].features
+    assert not answer.users[1].HasField("features")
+    assert list(told.scores) == pytest.approx(list(plain.scores), abs=1e-6)
+    best = np.argsort(-np.array(told.scores, np.float32), kind="stable")[:4]
+    assert list(features.item_ids) == [question.item_ids[place] for place in best]
+    assert (features.bundle_version, features.candidate_count, features.shown_count) == ("v1", 31, 0)
+    assert (features.as_of_time_ms, features.state_revision) == (T0_MS + 7_200_000, 2)
+    assert [(one.source, one.partition, one.offset) for one in features.state_offsets] == [(7, 1, 3)]
+    release = running.releases.current
+    made = ranker_input(
+        state,
+        release.catalog,
+        release.catalog.rows(question.item_ids),
+        np.array(question.scores, np.float32),
+        np.ones(31, np.int32),
+        T0_MS + 7_200_000,
+        registry_settings.features,
+    )
+    numbers = feature_log.read_numbers(features)
+    np.testing.assert_array_equal(numbers.candidates, made.candidates[best])
+    np.testing.assert_array_equal(numbers.user, made.user)
+    np.testing.assert_array_equal(numbers.history_ages, made.history_ages[-2:])
+    assert features.stats_revisions == release.catalog.stats_revisions(release.catalog.rows(features.item_ids))
+
+
+@pytest.mark.parametrize("count", [-1, 513])
+async def test_no_more_features_are_told_than_there_is_room_for(
+    make_bundle: MakeBundle, start: Start, count: int
+) -> None:
+    make_bundle()
+    running = await start()
+    code, details = await running.problem(asked(1, log_features_of=count))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "users[0].log_features_of" in details
+
+
+async def test_features_of_no_candidates_are_none(make_bundle: MakeBundle, start: Start) -> None:
+    make_bundle()
+    running = await start()
+    answer = await running.rank(asked(log_features_of=5))
+    assert len(answer.users[0].features.item_ids) == 0
