@@ -244,6 +244,8 @@ class ServingSettings(_Section):
     exploration_rate: Share
     surfaces: dict[str, Surface]
     impression_queue_max: Positive
+    feature_log_share: Share
+    feature_log_others: Annotated[int, Field(ge=0, le=100)]
     rules_path: str
     state_path: str
     replay_log_mb: Annotated[int, Field(ge=0)]

@@ -93,7 +93,9 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         for_events = KafkaProducer(settings.kafka, delivery_timeout_ms=DELIVERY_TIMEOUT_MS)
         for producer in (for_impressions, for_events):
             stack.push_async_callback(asyncio.to_thread, producer.close, 2)
-        impressions = KafkaImpressionLog(for_impressions, topics.impressions, serving.impression_queue_max)
+        impressions = KafkaImpressionLog(
+            for_impressions, topics.impressions, serving.impression_queue_max, serving.feature_log_others
+        )
         shown = Shown(serving.last_good_users, serving.fatigue_half_life_seconds)
         answers = AnswerLog(Path(serving.state_path) if serving.state_path else None, serving.replay_log_mb)
         stack.push_async_callback(asyncio.to_thread, answers.close)
@@ -105,7 +107,7 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
             StoreHydrator(store, breakers["redis"], settings.features),
             retriever,
             filters,
-            ServiceRanker(ranker),
+            ServiceRanker(ranker, serving.feature_log_share),
             reranker,
             selector,
             impressions,

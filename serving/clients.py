@@ -24,9 +24,14 @@ class RefusedError(StageError):
     """The dependency is well, and says that it cannot work on this very request."""
 
 
+class NotLoadedError(RefusedError):
+    """The dependency does not hold the version that was asked for."""
+
+
 _KINDS: dict[grpc.StatusCode, type[StageError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: StageTimeoutError,
     grpc.StatusCode.INVALID_ARGUMENT: RefusedError,
+    grpc.StatusCode.NOT_FOUND: NotLoadedError,
 }
 
 
@@ -113,9 +118,14 @@ class RankerClient(GrpcClient):
         super().__init__("ranker", target, breaker)
         self._stub = RankerServiceStub(self._channel)
 
-    async def score(self, user: UserCandidates, budget: Budget) -> RankCandidatesResponse:
-        """Scores one user's candidates. Raises StageError where the answer does not fit the question."""
-        request = RankCandidatesRequest(users=[user])
+    async def score(self, user: UserCandidates, bundle_version: str, budget: Budget) -> RankCandidatesResponse:
+        """Scores one user's candidates with a bundle of this version, "" = with the ranker's current one.
+
+        Raises:
+            NotLoadedError: the ranker does not hold that version.
+            StageError: the answer does not fit the question, or there is none.
+        """
+        request = RankCandidatesRequest(users=[user], bundle_version=bundle_version)
         response: RankCandidatesResponse = await self._call(self._stub.RankCandidates, request, "rank", budget)
         if len(response.users) != 1 or len(response.users[0].scores) != len(user.item_ids):
             raise StageError("ranker", f"{self._target} did not score every candidate")

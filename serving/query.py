@@ -16,7 +16,7 @@ from features.catalog import Floats, Rows
 from features.vectors import SOURCES
 from features.windows import UserState
 from headrace.v1 import types_pb2 as types
-from headrace.v1.events_pb2 import User
+from headrace.v1.events_pb2 import Event, User
 from headrace.v1.recommender_service_pb2 import RecommendRequest
 from headrace.v1.types_pb2 import FeatureStatus, ServingTier
 from serving.budget import Budget
@@ -98,6 +98,8 @@ class UserFeatures:
     batch_scores: Sequence[float] = ()
     profile: User | None = None
     segment: str = ""
+    # What the request brought and the state includes, with their items' categories.
+    session_events: Sequence[Event] = ()
     # Of the state row: missing, stale or present. Unspecified = the store could not be asked.
     status: Status = types.FEATURE_STATUS_UNSPECIFIED
 

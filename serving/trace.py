@@ -16,6 +16,7 @@ from core.errors import StageError, StageTimeoutError
 from core.telemetry import tracer
 from features.catalog import Floats, Rows
 from headrace.v1 import types_pb2 as types
+from headrace.v1.feature_log_pb2 import LoggedFeatures
 from headrace.v1.types_pb2 import DegradedReason, StageTiming
 from serving.breaker import BreakerOpenError
 
@@ -79,6 +80,8 @@ class Trace:
     index_version: str = ""
     embedding_version: str = ""
     bundle_versions: set[str] = field(default_factory=set)
+    # What the ranker read, of an answer that logs it.
+    features: LoggedFeatures | None = None
     _reasons: set[Reason] = field(default_factory=set)
 
     @contextmanager

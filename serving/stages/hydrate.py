@@ -80,7 +80,7 @@ class StoreHydrator:
         return types.FEATURE_STATUS_STALE if stale else types.FEATURE_STATUS_PRESENT
 
     def _features(self, query: Query, row: UserRow, status: Status) -> UserFeatures:
-        state, state_bytes = self._state(query, row.state)
+        state, state_bytes, session_events = self._state(query, row.state)
         return UserFeatures(
             query.user_id,
             state,
@@ -92,10 +92,11 @@ class StoreHydrator:
             row.batch_scores,
             row.profile,
             row.segment or query.request.context.tags.get("segment", ""),
+            session_events,
             status,
         )
 
-    def _state(self, query: Query, stored: bytes) -> tuple[UserState, bytes]:
+    def _state(self, query: Query, stored: bytes) -> tuple[UserState, bytes, Sequence[Event]]:
         try:
             state = windows.decode(stored)
         except MalformedEventError as error:
@@ -103,22 +104,23 @@ class StoreHydrator:
             state, stored = UserState(), b""
         events = query.request.session_events
         if not events:
-            return state, stored
-        apply_session_events(state, events, query.release.catalog, self._settings)
-        return state, windows.encode(state)
+            return state, stored, ()
+        completed = apply_session_events(state, events, query.release.catalog, self._settings)
+        return state, windows.encode(state), completed
 
 
 def apply_session_events(
     state: UserState, events: Sequence[Event], catalog: Catalog, settings: FeaturesSettings
-) -> None:
-    """Applies events that the request carries, with the categories that ingestion would give them."""
+) -> list[Event]:
+    """Applies events that the request carries, with the categories that ingestion would give them; returns them."""
     completed = []
     for event in events:
         copy = Event()
         copy.CopyFrom(event)
         fill_categories(copy, catalog)
-        completed.append(windows.as_user_event(copy))
-    windows.apply(state, completed, settings)
+        completed.append(copy)
+    windows.apply(state, map(windows.as_user_event, completed), settings)
+    return completed
 
 
 def fill_categories(event: Event | Feedback, catalog: Catalog) -> None:

@@ -13,6 +13,7 @@ from headrace.v1.events_pb2 import Impression, ImpressionList
 from headrace.v1.recommender_service_pb2 import RecommendResponse
 from headrace.v1.types_pb2 import ServingTier
 from serving import metrics
+from serving.feature_log import cut
 from serving.query import Query, Tier
 
 # Handed to the Kafka client and not yet acknowledged; the rest waits in our queue, where the oldest can be dropped.
@@ -28,12 +29,20 @@ class ImpressionLog(Protocol):
 
 
 class KafkaImpressionLog:
-    """Sends impression lists to the impressions topic from a bounded queue."""
+    """Sends impression lists to the impressions topic from a bounded queue.
 
-    def __init__(self, producer: KafkaProducer, topic: str, queue_max: int) -> None:
+    Args:
+        producer: of the topic's cluster.
+        topic: the impressions topic.
+        queue_max: lists waiting.
+        feature_log_others: items that were not shown whose features are logged, of an answer that logs features.
+    """
+
+    def __init__(self, producer: KafkaProducer, topic: str, queue_max: int, feature_log_others: int) -> None:
         self._producer = producer
         self._topic = topic
         self._queue_max = queue_max
+        self._feature_log_others = feature_log_others
         self._queue: deque[ImpressionList] = deque()
         self._in_flight = 0
         self._wake = asyncio.Event()
@@ -44,7 +53,7 @@ class KafkaImpressionLog:
         if len(self._queue) >= self._queue_max:
             self._queue.popleft()
             metrics.impressions_dropped.inc()
-        self._queue.append(impressions_of(query, response))
+        self._queue.append(impressions_of(query, response, self._feature_log_others))
         self._wake.set()
 
     async def run(self) -> None:
@@ -72,8 +81,8 @@ class KafkaImpressionLog:
             self._wake.set()
 
 
-def impressions_of(query: Query, response: RecommendResponse) -> ImpressionList:
-    context, versions = query.request.context, response.versions
+def impressions_of(query: Query, response: RecommendResponse, feature_log_others: int) -> ImpressionList:
+    context, versions, features = query.request.context, response.versions, query.trace.features
     return ImpressionList(
         event_id=f"impression:{response.recommendation_id}",
         user_id=query.user_id,
@@ -99,6 +108,9 @@ def impressions_of(query: Query, response: RecommendResponse) -> ImpressionList:
             for item in response.items
         ],
         tags=context.tags,
+        features=b""
+        if features is None
+        else cut(features, response.recommendation_id, [item.item_id for item in response.items], feature_log_others),
     )
 
 

@@ -10,8 +10,10 @@ import numpy as np
 from core.codec import from_ms
 from core.errors import StageError
 from features.catalog import Rows
+from features.feature_log import MAX_CANDIDATES
 from headrace.v1.ranker_service_pb2 import RankCandidatesResponse, UserCandidates
-from serving.clients import RankerClient
+from serving.clients import NotLoadedError, RankerClient
+from serving.feature_log import is_logged
 from serving.query import SOURCE_BIT, Candidates, Query, Staged, UserFeatures
 from serving.trace import Removed
 
@@ -25,20 +27,39 @@ class Ranker(Protocol):
 
 
 class ServiceRanker:
-    """Asks the ranker service."""
+    """Asks the ranker service, for scores of the query's own release.
 
-    def __init__(self, client: RankerClient) -> None:
+    Args:
+        client: of the ranker.
+        feature_log_share: of so many answers what the ranker read is noted in the trace.
+    """
+
+    def __init__(self, client: RankerClient, feature_log_share: float) -> None:
         self._client = client
+        self._feature_log_share = feature_log_share
 
     async def rank(self, query: Query, user: UserFeatures, candidates: Candidates) -> Staged:
+        question = _question(query, user, candidates)
+        if is_logged(query, self._feature_log_share):
+            question.log_features_of = MAX_CANDIDATES
         try:
-            response = await self._client.score(_question(query, user, candidates), query.budget)
+            response = await self._ask(query, question)
         except StageError as error:
             query.trace.blame(error)
             return Staged(candidates)
         query.trace.model_version = response.model_version
         query.trace.bundle_versions.add(response.bundle_version)
+        if response.users[0].HasField("features"):
+            query.trace.features = response.users[0].features
+            query.trace.features.session_events.extend(user.session_events)
         return _scored(query, candidates, response)
+
+    async def _ask(self, query: Query, question: UserCandidates) -> RankCandidatesResponse:
+        try:
+            return await self._client.score(question, query.release.version, query.budget)
+        except NotLoadedError:
+            # During a swap the ranker may be a moment behind: the answer then says that its versions are mixed.
+            return await self._client.score(question, "", query.budget)
 
 
 def _question(query: Query, user: UserFeatures, candidates: Candidates) -> UserCandidates:

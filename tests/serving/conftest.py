@@ -146,10 +146,18 @@ class RankerServer(Neighbour, ranker_grpc.RankerServiceServicer):
 
     async def RankCandidates(self, request, context):
         await self.behave(request, context)
+        if request.bundle_version not in ("", self.bundle_version):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"only {self.bundle_version} is loaded")
         response = ranker_pb.RankCandidatesResponse(model_version="model-1", bundle_version=self.bundle_version)
         for user in request.users:
             scores = [int(name[-3:]) / 1000 for name in user.item_ids]
-            response.users.add(click_scores=scores, scores=scores)
+            ranked = response.users.add(click_scores=scores, scores=scores)
+            told = min(user.log_features_of, len(scores))
+            if told:
+                ranked.features.item_ids.extend(user.item_ids[:told])
+                ranked.features.candidates = bytes(4 * told)
+                ranked.features.item_digests.extend([1] * told)
+                ranked.features.stats_revisions.extend([b""] * told)
         return response
 
 
