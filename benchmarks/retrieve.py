@@ -208,8 +208,8 @@ def _serve_echo(reply: bytes, told: Connection) -> None:
         server = GrpcServer("127.0.0.1", 0, [])
         service, method = _METHOD[1:].split("/")
         handlers = {method: grpc.unary_unary_rpc_method_handler(answer)}
-        server.aio.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        await server.start()
+        server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        server.start()
         told.send(server.port)
         await asyncio.Event().wait()
 

@@ -58,13 +58,13 @@ async def serve(settings: Settings, process: Process) -> None:
     shards = Shards(own) if len(own.shard_targets) > 1 else None
     users = StoredUsers(settings)
     service = CandidateService(snapshots, retriever, executor, shards, encoding, users)
-    add_CandidateServiceServicer_to_server(service, server.aio)
+    add_CandidateServiceServicer_to_server(service, server.grpc)
     watcher: asyncio.Task[None] | None = None
     recall = RecallMonitor(
         lambda: snapshots.current.index, metrics.index_recall.set, interval_seconds=own.recall_interval_ms / 1000
     )
     try:
-        await server.start()
+        server.start()
         snapshots.feeds.start()
         await asyncio.to_thread(warm_up, retriever, snapshots.current, settings)
         if not await asyncio.to_thread(snapshots.feeds.catch_up, AWAY_SECONDS, process.stopping.is_set):
@@ -73,7 +73,7 @@ async def serve(settings: Settings, process: Process) -> None:
         recall.start()
         watcher = asyncio.create_task(snapshots.watch())
         is_ready = True
-        await server.set_serving(True)
+        server.set_serving(True)
         _log.info("ready", bundle=snapshots.current.manifest.bundle_version, port=server.port)
         await process.stopping.wait()
     finally:

@@ -25,7 +25,7 @@ from headrace.v1.candidate_service_pb2_grpc import CandidateServiceServicer
 # For callers that set no deadline.
 _RETRIEVE_MS, _ENCODE_MS = 1_000, 10_000
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = grpc.ServicerContext
 T = TypeVar("T")
 
 

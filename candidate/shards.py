@@ -8,7 +8,7 @@ or of another release: those are named in `missing_shards`, and the others' item
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grpc
 import numpy as np
@@ -122,7 +122,7 @@ class Shards:
         return same
 
 
-def is_from_shard(context: grpc.aio.ServicerContext[Any, Any]) -> bool:
+def is_from_shard(context: grpc.ServicerContext) -> bool:
     """Whether the caller is another shard."""
     return _MARK in tuple(context.invocation_metadata() or ())
 

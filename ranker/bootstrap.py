@@ -45,10 +45,10 @@ async def serve(settings: Settings, process: Process) -> None:
     batcher = make_batcher(settings)
     server = GrpcServer(own.host, own.port, [SERVICE])
     shadow = Shadow(lambda jobs: score_jobs(jobs, settings), own.shadow_queue_max)
-    add_RankerServiceServicer_to_server(RankerService(releases, batcher, clock, shadow), server.aio)
+    add_RankerServiceServicer_to_server(RankerService(releases, batcher, clock, shadow), server.grpc)
     watcher: asyncio.Task[None] | None = None
     try:
-        await server.start()
+        server.start()
         batcher.start()
         releases.feed.start()
         await catch_up(releases, process, settings)
@@ -56,7 +56,7 @@ async def serve(settings: Settings, process: Process) -> None:
         tell_first(releases.current)
         watcher = asyncio.create_task(releases.watch())
         is_ready = True
-        await server.set_serving(True)
+        server.set_serving(True)
         release = releases.current
         _log.info(
             "ready",

@@ -5,7 +5,6 @@ is finite.
 """
 
 import time
-from typing import Any
 
 import grpc
 
@@ -46,7 +45,7 @@ class RankerService(RankerServiceServicer):
         self._shadow = shadow
 
     async def RankCandidates(
-        self, request: pb.RankCandidatesRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: pb.RankCandidatesRequest, context: grpc.ServicerContext
     ) -> pb.RankCandidatesResponse:
         started = time.monotonic()
         deadline = request_deadline(context, DEFAULT_DEADLINE_MS)
@@ -71,7 +70,7 @@ class RankerService(RankerServiceServicer):
     async def GetModelInfo(
         self,
         request: pb.RankerServiceGetModelInfoRequest,  # noqa: ARG002 - gRPC's signature
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
     ) -> pb.RankerServiceGetModelInfoResponse:
         release, shadow = self._releases.current, self._releases.shadow
         return pb.RankerServiceGetModelInfoResponse(

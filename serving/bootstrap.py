@@ -122,11 +122,11 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         server = GrpcServer(serving.host, serving.port, SERVICES)
         replayer = Replayer(answers, releases, reranker, selector, settings, clock)
         answering = RecommenderService(recommender, replayer, breakers, serving, clock, process.stopping)
-        add_RecommenderServiceServicer_to_server(answering, server.aio)
+        add_RecommenderServiceServicer_to_server(answering, server.grpc)
         identities = TopicIdentities(settings.kafka, (topics.events, topics.feedback))
         profiles = Profiles(store, breakers["redis"])
         taking_in = IngestService(for_events, identities, topics, releases, breakers["kafka"], profiles, clock)
-        add_IngestServiceServicer_to_server(taking_in, server.aio)
+        add_IngestServiceServicer_to_server(taking_in, server.grpc)
 
         def run_beside(work: Coroutine[Any, Any, None]) -> None:
             task = asyncio.create_task(work)
@@ -136,10 +136,9 @@ async def front_door(settings: Settings, process: Process, clock: Clock | None =
         for background in (releases.keep_fresh(), impressions.run(), recommender.watch_loop()):
             run_beside(background)
         await _warm_up(recommender, releases.current, clock)
-        await server.start()
+        server.start()
         stack.push_async_callback(server.stop)
-        run_beside(recommender.door.watch(serving.host, server.port))
-        await server.set_serving(True)
+        server.set_serving(True)
         yield server
 
 

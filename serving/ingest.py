@@ -6,7 +6,7 @@ that Kafka took nothing of answers UNAVAILABLE and says when to come again.
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 
@@ -47,7 +47,7 @@ _MARGIN_MS = 10
 _PROFILES_MS = 50
 
 E = TypeVar("E", Event, Feedback)
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = grpc.ServicerContext
 
 
 class TopicIdentities:

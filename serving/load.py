@@ -2,11 +2,13 @@
 
 Asked by `serving.recommender` before each request, told after it, and given the time every few milliseconds. Two
 answers to pressure, the gentle one first: the quality factor (fewer candidates are retrieved and ranked) follows the
-p95 of the answers, the limit of requests at once follows how long a request waits at the door (the others are answered
-from the lower rungs). Invariant: pure but for its clock; a dependency that is slow costs quality, never admission, for
-the loop of a process that waits is never late.
+p95 of the answers, the limit of requests at once follows how late the event loop is, which is how long a request waits
+for its handler (the others are answered from the lower rungs). Invariant: pure but for its clock; a dependency that is
+slow costs quality, never admission, for the loop of a process that waits is never late.
 """
 
+import math
+import os
 from collections import deque
 
 import numpy as np
@@ -21,20 +23,25 @@ _LEAST_ANSWERS = 10
 _BUSY, _AT_EASE = 0.4, 0.25
 _DOWN, _UP = 0.8, 0.05
 LEAST_QUALITY = 0.2
-# How long the door may take, or the loop be late: a fifth of the usual deadline.
-_LATE_MS, _PUNCTUAL_MS = 50.0, 25.0
+# How late the loop may be. An answer takes some ten of its turns, and is to be ready in a fraction of its time.
+_LATE_MS, _PUNCTUAL_MS = 10.0, 4.0
+_LESS, _MORE = 0.7, 1.25
 _LEAST_LIMIT = 4
+# Requests at once, for each core, that are let in before it is known how the machine takes them.
+_FIRST_PER_CORE = 4
 
 
 class LoadControl:
     """The quality factor and the limit of requests at once.
 
     Args:
-        limit_max: requests at once when there is no pressure.
+        limit_max: requests at once, however well the machine takes them.
         clock: for the pace of decisions.
+        cores: of the machine.
     """
 
-    def __init__(self, limit_max: int, clock: Clock) -> None:
+    def __init__(self, limit_max: int, clock: Clock, cores: int | None = None) -> None:
+        self._first = min(limit_max, _FIRST_PER_CORE * (cores or os.cpu_count() or 1))
         self._limit_max = limit_max
         self._clock = clock
         self._shares: deque[float] = deque(maxlen=_WINDOW)
@@ -42,9 +49,10 @@ class LoadControl:
         self._decided_at = clock.monotonic()
         self._active = 0
         self._peak = 0
-        # How late the loop, or the door, was lately.
+        # How late the loop was lately.
         self.lag_ms = 0.0
-        self.limit = limit_max
+        # Follows what is asked for, not too quickly: a sudden crowd that was let in would all be late.
+        self.limit = self._first
         # 1 = as many candidates as the settings say, down to LEAST_QUALITY of them.
         self.quality = 1.0
 
@@ -63,7 +71,7 @@ class LoadControl:
         self._shares.append((elapsed_ms + self.lag_ms) / max(given_ms, 1.0))
 
     def tick(self, late_ms: float) -> None:
-        """The loop, or the door, is `late_ms` late just now; to be called every few milliseconds."""
+        """The loop is `late_ms` late just now; to be called every few milliseconds."""
         self._lags_ms.append(late_ms)
         now = self._clock.monotonic()
         if now - self._decided_at < _INTERVAL_SECONDS:
@@ -91,6 +99,10 @@ class LoadControl:
     def _decide_limit(self) -> None:
         if self.lag_ms > _LATE_MS:
             # From what there was at most: a limit that nobody comes near limits nothing.
-            self.limit = max(_LEAST_LIMIT, int(min(self.limit, self._peak) * _DOWN))
-        elif self.lag_ms < _PUNCTUAL_MS and self.limit < self._limit_max:
-            self.limit = min(self._limit_max, self.limit + max(1, self.limit // 10))
+            self.limit = max(min(_LEAST_LIMIT, self._limit_max), int(min(self.limit, self._peak) * _LESS))
+        elif self.lag_ms < _PUNCTUAL_MS:
+            if self._peak > self.limit:
+                self.limit = min(self._limit_max, math.ceil(self.limit * _MORE))
+            else:
+                # What was right for a crowd is not for the next one, after a pause.
+                self.limit = max(min(self.limit, 2 * self._peak), min(self.limit + 1, self._first))

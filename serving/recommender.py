@@ -21,7 +21,6 @@ from headrace.v1.recommender_service_pb2 import RecommendRequest, RecommendRespo
 from headrace.v1.types_pb2 import DegradedReason
 from serving import metrics
 from serving.budget import Budget
-from serving.door import Door
 from serving.load import LoadControl
 from serving.paging import read_cursor
 from serving.pipeline import Pipeline
@@ -34,8 +33,10 @@ from serving.validation import check_recommend
 _log = get_logger("recommender")
 # Latencies of so many answers make the p95 that WatchServing tells.
 _RECENT = 1000
-# How often it is looked how late the event loop and the door are.
+# How often it is looked how late the event loop is.
 _TICK_SECONDS = 0.01
+# Turns of the event loop (or of the scheduler) between the end of the stages and the caller.
+_TURNS_OUT = 2
 # Candidates below which the sources could not even fill a long answer.
 _LEAST_CANDIDATES = 50
 # With less time than this nobody is asked: one hop to another process and back takes 1 ms at best.
@@ -58,7 +59,6 @@ class Recommender:
         self._clock = clock
         self._recent_ms: deque[float] = deque(maxlen=_RECENT)
         self.load = LoadControl(settings.max_concurrent_requests, clock)
-        self.door = Door(clock)
         self.releases = releases
         self.answers_by_tier: Counter[str] = Counter()
 
@@ -77,6 +77,8 @@ class Recommender:
         check_recommend(request, now_ms, field_prefix)
         if not request.tokens:
             deadline = deadline.capped_ms(self._settings.deadline_ms)
+        # The way out is as late as the way in, and so is the last turn of the loop.
+        deadline = deadline.minus_ms(min(_TURNS_OUT * self.load.lag_ms, deadline.remaining_ms() / 2))
         query = self._query(request, deadline, now_ms, probe_item_id, field_prefix)
         response = await self._answer(query)
         self._observe(query, response, (self._clock.monotonic() - start) * 1000)
@@ -88,12 +90,11 @@ class Recommender:
         await self._answer(self._query(request, deadline, self._clock.now_ms()))
 
     async def watch_loop(self) -> None:
-        """Tells the load control how late things are, until cancelled."""
+        """Tells the load control how late the loop is, until cancelled. A request waits for its handler as long."""
         while True:
             start = self._clock.monotonic()
             await asyncio.sleep(_TICK_SECONDS)
-            late_ms = (self._clock.monotonic() - start - _TICK_SECONDS) * 1000
-            self.load.tick(max(late_ms, self.door.wait_ms, 0.0))
+            self.load.tick(max(0.0, (self._clock.monotonic() - start - _TICK_SECONDS) * 1000))
             metrics.loop_lag_ms.set(self.load.lag_ms)
             metrics.quality.set(self.load.quality)
             metrics.admission_limit.set(self.load.limit)

@@ -5,7 +5,6 @@ Invariant: no logic of recommending lives here; errors are core.errors and becom
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
 
 import grpc
 
@@ -24,7 +23,7 @@ from serving.recommender import Recommender
 from serving.replay import Replayer
 from serving.validation import check_batch, check_explain, check_replay
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = grpc.ServicerContext
 # Users of batch calls that are worked on at once; the rest of the capacity is for single requests.
 _BATCH_CONCURRENCY = 16
 # Time of an answer from the ladder.

@@ -230,8 +230,8 @@ async def service(
     users = StoredUsers(settings)
     retriever = Retriever(settings, sources, SystemClock())
     served = CandidateService(snapshots, retriever, executor, users=users)
-    add_CandidateServiceServicer_to_server(served, server.aio)
-    await server.start()
+    add_CandidateServiceServicer_to_server(served, server.grpc)
+    server.start()
     async with channel(f"127.0.0.1:{server.port}") as connection:
         yield Running(CandidateServiceStub(connection), snapshots, settings, executor)
     await server.stop(0)

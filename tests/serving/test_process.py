@@ -78,6 +78,40 @@ async def test_it_starts_and_answers_with_everything_down(registry, house) -> No
     assert process.returncode == 0
 
 
+async def test_twice_what_it_can_rank_brings_lower_tiers_and_no_errors(registry, house) -> None:
+    house.put_user()
+    house.ranker.pause_seconds = 0.02
+    settings = house.settings_of({})
+    environment = {
+        "HEADRACE_SERVING__CANDIDATE_TARGET": settings.serving.candidate_target,
+        "HEADRACE_SERVING__RANKER_TARGET": settings.serving.ranker_target,
+        # At most 2 / 0.02 s = 100 ranked answers a second.
+        "HEADRACE_SERVING__MAX_CONCURRENT_REQUESTS": "2",
+        "REDIS_URL": house.redis_url,
+    }
+    with start(registry, **environment) as process:
+        try:
+            port = await asyncio.to_thread(_port, process)
+            async with channel(f"127.0.0.1:{port}") as connection:
+                recommend = RecommenderServiceStub(connection).Recommend
+                calls = []
+                for _ in range(400):
+                    calls.append(recommend(ask(), timeout=1))
+                    await asyncio.sleep(0.005)
+                # One that fails raises here.
+                answers = await asyncio.gather(*calls)
+        finally:
+            process.terminate()
+            await asyncio.to_thread(process.communicate, timeout=30)
+    assert process.returncode == 0
+    assert all(len(answer.items) == 20 for answer in answers)
+    ranked = [answer for answer in answers if tier(answer) == "RANKED"]
+    shed = [answer for answer in answers if "OVERLOADED" in reasons(answer)]
+    assert ranked
+    assert len(shed) >= len(answers) / 4
+    assert {tier(answer) for answer in shed} <= {"LAST_GOOD", "POPULAR"}
+
+
 def _port(process) -> int:
     for line in process.stderr:
         if '"event": "ready"' in line:
