@@ -24,8 +24,9 @@ from core.telemetry import configure_logging, get_logger
 _log = get_logger("process")
 
 # A thread that comes back from a socket waits this long for one that computes; with Python's default of 5 ms, a batch
-# of a few round trips stands still for tens of milliseconds while a file of the event log is made.
-_SWITCH_SECONDS = 0.0005
+# of a few round trips stands still for tens of milliseconds while a file of the event log is made, and so does a call
+# that gRPC's threads take in.
+SWITCH_SECONDS = 0.0005
 
 
 class Process:
@@ -60,7 +61,7 @@ def run_process(name: str, meaning: str, serve: Serve) -> int:
             print(f"{name}: settings are valid")  # noqa: T201
             return 0
         configure_logging(settings.telemetry, name)
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        sys.setswitchinterval(SWITCH_SECONDS)
         uvloop.run(_run(name, serve, settings))
     except RecommenderError as error:
         print(f"{name}: {error}", file=sys.stderr)  # noqa: T201

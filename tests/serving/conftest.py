@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from core.bundle import Manifest, publish, staging_folder, write_delimited
 from core.codec import from_ms
 from core.errors import InvalidRequestError, NotFoundError, StageError
 from core.grpc_runtime import GrpcServer, channel
-from core.process import Process
+from core.process import SWITCH_SECONDS, Process
 from core.settings import load_settings
 from core.topics import Topics
 from features import item_stats, positions, windows
@@ -244,6 +245,15 @@ def click(number: int, event_id: str = "now", user_id: str = "", **more) -> Even
 
 def angler(**more) -> User:
     return User(user_id="ada", segment="anglers", **more)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def switch_interval():
+    """As `run_process` sets it: the threads of three servers and the test's own loop are in one process here."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture(scope="session")
