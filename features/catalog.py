@@ -51,7 +51,7 @@ class Catalog:
 
     Args:
         settings: what is counted, and how.
-        with_revisions: `stats_revisions` are asked for; they take about 200 bytes per row of statistics.
+        with_revisions: `stats_revisions` are asked for; they take about 160 bytes per row of statistics.
     """
 
     def __init__(self, settings: FeaturesSettings, *, with_revisions: bool = False) -> None:

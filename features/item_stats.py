@@ -24,6 +24,7 @@ _KIND, _POPULARITY, _SEGMENT = map(
     wire.tag,
     (ItemStatsProto.KINDS_FIELD_NUMBER, ItemStatsProto.POPULARITY_FIELD_NUMBER, ItemStatsProto.SEGMENTS_FIELD_NUMBER),
 )
+_REVISION = wire.tag(StatsRevisions.REVISIONS_FIELD_NUMBER)
 
 
 @dataclass(slots=True)
@@ -163,10 +164,8 @@ def decode(proto: ItemStatsProto, *, with_offsets: bool = True) -> ItemPartial:
 
 def revision_of(proto: ItemStatsProto) -> bytes:
     """What a row is known by: headrace.v1.StatsRevisions of one, encoded; those of several rows may be joined."""
-    one = StatsRevision(
-        source_partition=proto.source_partition,
-        revision=proto.revision,
-        watermark_ms=proto.watermark_ms,
-        offsets=proto.offsets,
-    )
-    return StatsRevisions(revisions=[one]).SerializeToString()
+    # Its fields have the same numbers; a replica does this for each row that it hears of.
+    named = StatsRevision.FromString(proto.SerializeToString())
+    named.DiscardUnknownFields()
+    encoded = named.SerializeToString()
+    return _REVISION + varint(len(encoded)) + encoded

@@ -133,14 +133,14 @@ Global___StatsRevisions: _TypeAlias = StatsRevisions  # noqa: Y015
 
 @_typing.final
 class StatsRevision(_message.Message):
-    """One ItemStats row at one moment."""
+    """One ItemStats row at one moment: those of its fields that name it, under the same numbers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_PARTITION_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     WATERMARK_MS_FIELD_NUMBER: _builtins.int
-    OFFSETS_FIELD_NUMBER: _builtins.int
     source_partition: _builtins.int
     """-1 = imported."""
     revision: _builtins.int
@@ -154,9 +154,9 @@ class StatsRevision(_message.Message):
         self,
         *,
         source_partition: _builtins.int = ...,
+        offsets: _abc.Iterable[_events_pb2.SourceOffset] | None = ...,
         revision: _builtins.int = ...,
         watermark_ms: _builtins.int = ...,
-        offsets: _abc.Iterable[_events_pb2.SourceOffset] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
