@@ -54,7 +54,9 @@ class House:
                     kind="click", event_time=time_ms, categories=["tea", item_ids[0]])  # fmt: skip
 
     def import_(self, numbers: range) -> None:
-        messages = [self.message(EVENTS, f"u{number % 3}", [ITEM_IDS[number % 4]], number) for number in numbers]
+        messages = [
+            self.message(EVENTS, ("u1", "u2", "u8")[number % 3], [ITEM_IDS[number % 4]], number) for number in numbers
+        ]
         self.log.write(EVENTS, to_table(EVENTS, messages), "imported")
         for message in sorted(messages, key=lambda one: (one.event_time.ToMilliseconds(), one.event_id)):
             self.apply(windows.as_user_event(message), [message.item_id], -1)
@@ -153,14 +155,31 @@ def test_events_that_the_log_has_lost_are_named_and_not_guessed(house: House) ->
     assert 0 < found.equal_items == found.items - found.not_rebuilt.total()
 
 
+def erase(house: House, user_id: str) -> None:
+    cut = {(source, partition): 10_000 for source in SOURCES.values() for partition in (0, 1)}
+    Erasures(str(house.root)).add(Erasure(user_id, Position(0xA, 0, 5), cut, house.clock_ms))
+
+
 def test_of_an_erased_user_nothing_is_compared(house: House) -> None:
-    record = Erasure("u0", Position(0xA, 0, 5), {(source, 0): 10_000 for source in SOURCES.values()}, house.clock_ms)
-    Erasures(str(house.root)).add(record)
+    erase(house, "u0")
     found = house.compared()
     assert found.answers == 6
     assert not found.differing
-    # Imported statistics lack the erased user's events: as many others must not be taken for them.
     assert found.not_rebuilt["events of an item"] > 0
+
+
+def test_later_events_are_not_taken_for_those_that_were_erased(house: House) -> None:
+    """Of what was imported no position says which events a sum includes."""
+    erase(house, "u8")
+    later = [house.message(EVENTS, "u9", [item_id], 200 + number) for number, item_id in enumerate(ITEM_IDS * 9)]
+    for message in later:
+        message.event_time.CopyFrom(from_ms(NOW_MS + 1000))
+    house.log.write(EVENTS, to_table(EVENTS, later), "later")
+    found = house.compared()
+    assert found.answers == 8
+    assert not found.differing
+    # i4 and i5 were never imported.
+    assert found.not_rebuilt == {"events of an item": 8 * 4}
 
 
 def test_a_description_that_nobody_has_is_named(house: House) -> None:
