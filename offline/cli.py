@@ -325,6 +325,34 @@ def history(
     _show(summary, vars(summary), tables.print_history, json=json)
 
 
+@app.command()
+def skew(
+    data: Data = None,
+    registry: Registry = None,
+    before: Before = None,
+    answers: Annotated[
+        int, typer.Option(min=1, help="So many of the newest answers that logged their features.")
+    ] = 500,
+    json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Compare what the ranker read when it served with what the event log gives, number by number, bit by bit.
+
+    Answers that logged their features (serving.feature_log_share) are made again. Of erased users nothing is compared,
+    and items that they touched may lack events. [bold]--before[/] as `headrace materialize` was told. Ends with 1 where
+    a number differs.
+
+    Example: [bold]headrace skew --data log[/]
+    """
+    from offline import tables
+    from offline.feature_log import skew as run
+
+    settings, log, folder = _read_settings(config, data, registry)
+    found = run(log, folder, settings, answers, _time_ms(before, "--before") if before else None)
+    _show(found, vars(found), tables.print_skew, json=json)
+    raise typer.Exit(bool(found.differing))
+
+
 def _import_public(kind: str, paths: list[Path], out: str, *, check: bool, json: bool) -> None:
     from tempfile import TemporaryDirectory
 

@@ -8,7 +8,7 @@ Exact means each bit. One thing no revision says: how events of two topics took 
 its sums of doubles may differ in the last place, which the rounding to float32 hides all but once in millions.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ from features.vectors import CANDIDATE_FEATURES, SOURCES, ranker_input
 from features.windows import Outcome, Position, UserEvent, UserState
 from headrace.v1.events_pb2 import Item
 from headrace.v1.feature_log_pb2 import LoggedFeatures, StatsRevision, StatsRevisions
-from offline.logs import ImportedLog
+from offline.logs import ImportedLog, open_log
 from offline.replay import LOG_PARTITION, SHOWN_COLUMNS, Entry, Shown, read_entries, shown
 
 _EVENT_COLUMNS = (
@@ -100,6 +100,15 @@ def logged_answers(log: EventLog, start_ms: int | None = None, end_ms: int | Non
             except DecodeError:
                 features = LoggedFeatures()
             yield LoggedAnswer(user_id, recommendation_id, features)
+
+
+def skew(
+    log_root: str | Path, registry: Path, settings: Settings, answers_max: int, before_ms: int | None = None
+) -> Comparison:
+    """Compares the newest answers of a log; `before_ms` as of `Rebuilder`."""
+    log = open_log(log_root)
+    answers = list(deque(logged_answers(log), answers_max))
+    return compare(answers, Rebuilder(log, registry, settings, answers, before_ms))
 
 
 def compare(answers: Sequence[LoggedAnswer], rebuilder: "Rebuilder") -> Comparison:

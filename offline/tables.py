@@ -11,6 +11,7 @@ from core.bundle import ReleaseBundle
 from offline.batch_scores import ScoreSummary
 from offline.data.dataset import time_text
 from offline.evaluate import Evaluation
+from offline.feature_log import Comparison
 from offline.history import HistorySummary
 from offline.materialize import MaterializeSummary
 
@@ -53,6 +54,19 @@ def print_history(summary: HistorySummary, console: Console) -> None:
     for view in ("user_state", "user_profile", "item_profile", "item_stats"):
         table.add_row(view, f"{getattr(summary, view):,}")
     table.add_row("seconds", f"{summary.seconds:.1f}")
+    console.print(table)
+
+
+def print_skew(found: Comparison, console: Console) -> None:
+    table = _facts("logged features, made again")
+    table.add_row("answers", f"{found.answers:,}")
+    table.add_row("unreadable answers", f"{found.unreadable_answers:,}")
+    table.add_row("items", f"{found.items:,}")
+    table.add_row("items equal in every bit", f"{found.equal_items:,}")
+    for what, count in found.not_rebuilt.most_common():
+        table.add_row(f"items not made: the log lacks {what}", f"{count:,}")
+    for name, count in found.differing.most_common():
+        table.add_row(f"answers that differ in {escape(name)}", f"{count:,}")
     console.print(table)
 
 

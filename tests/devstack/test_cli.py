@@ -40,7 +40,7 @@ def test_help_is_quick_and_names_every_command() -> None:
         done = run("--help")
         best = min(best, time.monotonic() - begin)
     assert done.returncode == 0
-    for command in ("demo", "up", "check", "topics", "dead-letter", "erase", "rebuild", "history"):
+    for command in ("demo", "up", "check", "topics", "dead-letter", "erase", "rebuild", "history", "skew"):
         assert f" {command} " in done.stdout
     assert best < 0.7
 
@@ -48,7 +48,7 @@ def test_help_is_quick_and_names_every_command() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("demo", "up", "check", "topics", "erase", "rebuild", "history"),
+        *("demo", "up", "check", "topics", "erase", "rebuild", "history", "skew"),
         *("dead-letter list", "dead-letter show", "dead-letter redrive"),
     ],
 )

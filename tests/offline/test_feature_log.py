@@ -1,11 +1,13 @@
 """Logged features made again from a log: imported events, events of two topics, descriptions that change; what is gone
 is named. The stream's side is played here by its own functions; tests/parity does it with real processes."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from core.codec import from_ms
 from core.settings import load_settings
@@ -18,6 +20,7 @@ from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, Sou
 from features.vectors import ranker_input
 from features.windows import Outcome, Position, UserState
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, Item
+from offline.cli import app
 from offline.feature_log import Rebuilder, compare, logged_answers
 
 SETTINGS = load_settings()
@@ -134,6 +137,22 @@ def test_each_number_of_each_answer_comes_again(house: House) -> None:
     assert (found.answers, found.items, found.equal_items) == (8, 48, 48)
     assert not found.differing
     assert not found.not_rebuilt
+
+
+def test_the_command_says_what_differs(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.write()
+    arguments = ["skew", "--data", str(house.root), "--registry", str(house.root / "bundles")]
+    done = CliRunner().invoke(app, [*arguments, "--json", "--answers", "5"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "answers": 5, "unreadable_answers": 0, "items": 30, "equal_items": 30, "differing": {}, "not_rebuilt": {},
+    }  # fmt: skip
+    # As a definition that training has changed and serving has not.
+    monkeypatch.setenv("HEADRACE_FEATURES__HALF_LIVES_SECONDS", "[3600, 86400]")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "log_popularity_long" in done.stdout
+    assert "log_popularity_short" not in done.stdout
 
 
 def test_what_was_imported_later_is_left_out(house: House) -> None:
