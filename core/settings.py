@@ -178,6 +178,7 @@ class RankerSettings(_Section):
     form: Literal["auto", "torch", "bf16", "onnx", "onnx-int8"]
     keep_previous: bool
     shadow_queue_max: Positive
+    cascade_keep: Annotated[int, Field(ge=0)]
 
 
 class StageBudgets(_Section):
@@ -291,6 +292,7 @@ class OfflineSettings(_Section):
     max_train_seconds: Annotated[int, Field(ge=0)]
     validation_share: Share
     refit_epochs: Annotated[int, Field(ge=0)]
+    ranker_student: bool
     ranker_epochs: Positive
     ranker_negatives: Positive
     ranker_max_rows: Positive

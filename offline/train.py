@@ -42,14 +42,14 @@ from offline.reporting import Reporter
 from offline.training.ranker import TrainedRanker, train_ranker
 from offline.training.towers import TrainedTowers, train_towers
 from ranker.forms import ONNX
-from ranker.model import load_ranker
+from ranker.model import LIGHT, MAIN, load_ranker
 
 # Raise it when a step writes something else from the same data and settings.
-FORMAT = 3
+FORMAT = 4
 _WORK = ".training"
 _DONE = "done.json"
 _TOWERS_FILES = (names.TOWERS, names.TOWERS_CONFIG, names.ITEM_VECTORS)
-_RANKER_FILES = (names.RANKER, names.RANKER_CONFIG, names.RANKER_PROBE, names.CALIBRATION)
+_RANKER_FILES = (*MAIN, *LIGHT, names.RANKER_PROBE, names.CALIBRATION)
 
 
 def train(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from core.errors import ArtifactError
 from features.catalog import Floats
@@ -53,6 +54,9 @@ class Bf16Network:
 
     def __init__(self, model: RankerModel, device: torch.device) -> None:
         self._model, self._device = copy.deepcopy(model).bfloat16().to(device).eval(), device
+        # The last sum decides the order: it keeps its digits.
+        self._model.heads.float()
+        self._model.sharpness = nn.Parameter(self._model.sharpness.float())
         self._source: torch.Tensor | None = None
         self._vectors = torch.zeros(0)
 

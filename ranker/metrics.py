@@ -15,6 +15,7 @@ batch_ms = histogram_ms("ranker", "batch_ms", "Time of a batch: features, model,
 dropped_users = counter("ranker", "dropped_users", "Users whose call was over before their turn; never computed.")
 candidates = counter("ranker", "candidates", "Candidates scored.")
 unknown_candidates = counter("ranker", "unknown_candidates", "Candidates that the catalogue does not know.")
+cut_candidates = counter("ranker", "cut_candidates", "Candidates that only the light scorer saw: time was short.")
 not_finite = counter("ranker", "not_finite", "Inputs and scores that were not finite and were replaced.")
 malformed = counter("ranker", "malformed", "Messages of the compacted topics that could not be read.", ("topic",))
 features = counter("ranker", "features", "Users by what was there of them when scored.", ("feature", "status"))

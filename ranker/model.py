@@ -17,16 +17,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn.functional import embedding, relu
+from torch.nn.functional import embedding, linear, pad, relu
 
-from core.bundle import RANKER, RANKER_CONFIG
+from core.bundle import RANKER, RANKER_CONFIG, RANKER_LIGHT, RANKER_LIGHT_CONFIG
 from core.errors import ArtifactError
 from features.catalog import CATEGORY_VOCABULARY, Floats, Rows
 from features.vectors import CANDIDATE_FEATURES, SIGNATURE, USER_FEATURES
-from ranker.similarities import SIMILARITIES, similarities
+from ranker.similarities import SIMILARITIES, USER_SIMILARITIES, similarities, user_similarities
 
 HEADS = ("click", "conversion", "value")
 CLICK, CONVERSION, VALUE = range(len(HEADS))
+# Weights and configuration in a bundle: of the ranker, and of the light scorer that cuts its lists.
+MAIN, LIGHT = (RANKER, RANKER_CONFIG), (RANKER_LIGHT, RANKER_LIGHT_CONFIG)
 # Features far outside what training saw say no more than "very large".
 _CLIP = 6.0
 # Of a cosine of unit vectors, before training.
@@ -37,7 +39,7 @@ _MASKED = -1e4
 
 @dataclass(frozen=True)
 class RankerConfig:
-    """Shape of the network, and what the artifact says of itself."""
+    """Shape of the network, and what the artifact says of itself. A part of width, or of layers, 0 is left out."""
 
     dimension: int
     # Items of the catalogue that it was trained on, and the width of what it knows of each beside the towers' vectors.
@@ -55,6 +57,10 @@ class RankerConfig:
     positions: int = 50
     # Heads that the log had labels for; the others score 0.
     trained_heads: tuple[str, ...] = ("click",)
+    # False: of the user only the vector and the statistics count, which makes a scorer light enough to cut lists with.
+    reads_history: bool = True
+    # Of the model that it learnt from and works for.
+    teacher_version: str = ""
     feature_signature: str = SIGNATURE
     model_version: str = ""
 
@@ -156,25 +162,29 @@ class RankerModel(nn.Module):
         super().__init__()
         self.config = config
         dimension, width = config.dimension, config.attention_width
-        widths_of = {"user": len(USER_FEATURES), "candidate": len(CANDIDATE_FEATURES), "similarity": SIMILARITIES}
+        similar = SIMILARITIES if config.reads_history else USER_SIMILARITIES
+        widths_of = {"user": len(USER_FEATURES), "candidate": len(CANDIDATE_FEATURES), "similarity": similar}
         for name, features in widths_of.items():
             self.register_buffer(f"{name}_mean", torch.zeros(features))
             self.register_buffer(f"{name}_std", torch.ones(features))
         self.register_buffer("tastes", torch.zeros(config.items, config.taste_width))
-        self.item = nn.Linear(dimension, config.item_width)
-        self.category = nn.Embedding(CATEGORY_VOCABULARY, config.category_width, padding_idx=0)
-        nn.init.normal_(self.category.weight, std=0.1)
-        with torch.no_grad():
-            self.category.weight[0] = 0.0
-        self.query = nn.Linear(dimension, width)
-        self.key_value = nn.Linear(dimension, 2 * width)
-        # What weight and age of a history entry add to its key and value.
-        self.event = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2 * width))
-        # The attention on "nothing in the history": an empty history has all of it.
-        self.no_match = nn.Parameter(torch.zeros(1))
+        if config.item_width:
+            self.item = nn.Linear(dimension, config.item_width)
+        if config.category_width:
+            self.category = nn.Embedding(CATEGORY_VOCABULARY, config.category_width, padding_idx=0)
+            nn.init.normal_(self.category.weight, std=0.1)
+            with torch.no_grad():
+                self.category.weight[0] = 0.0
+        if width:
+            self.query = nn.Linear(dimension, width)
+            self.key_value = nn.Linear(dimension, 2 * width)
+            # What weight and age of a history entry add to its key and value.
+            self.event = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2 * width))
+            # The attention on "nothing in the history": an empty history has all of it.
+            self.no_match = nn.Parameter(torch.zeros(1))
         self.user = nn.Linear(len(USER_FEATURES) + dimension + 1, config.user_width)
         total = (
-            len(CANDIDATE_FEATURES) + SIMILARITIES + config.item_width + config.category_width + width
+            len(CANDIDATE_FEATURES) + similar + config.item_width + config.category_width + width
         ) + config.user_width
         self.crosses = nn.ModuleList(Cross(total, config.cross_rank) for _ in range(config.cross_layers))
         widths = [total, *config.hidden]
@@ -195,33 +205,29 @@ class RankerModel(nn.Module):
             table: what the rows mean.
             positions: only in training: where the candidate was shown, 0 = first, -1 = unknown [B, C].
         """
-        vectors = table.vectors
-        whole_candidates = embedding(batch.candidate_rows + 1, vectors)
-        whole_history = embedding(batch.history_rows + 1, vectors)
-        alike = similarities(whole_candidates, whole_history, batch, self.config.dimension)
-        candidates, history = (one[..., : self.config.dimension] for one in (whole_candidates, whole_history))
+        candidates, history = self._vectors(batch, table)
+        alike = self._alike(candidates, history, batch)
         users = torch.cat([self._standard(batch.users, "user"), batch.user_vectors, batch.has_vector], -1)
-        count = candidates.shape[1]
-        x = torch.cat(
-            [
-                self._standard(batch.candidates, "candidate"),
-                self._standard(alike, "similarity"),
-                self.item(candidates),
-                self._categories(batch.candidate_rows, table),
-                self._attend(candidates, history, batch),
-                relu(self.user(users)).unsqueeze(1).expand(-1, count, -1),
-            ],
-            -1,
-        )
+        parts = [self._standard(torch.cat([batch.candidates, alike], -1), "candidate", "similarity")]
+        if self.config.item_width:
+            parts.append(self.item(candidates[..., : self.config.dimension]))
+        if self.config.category_width:
+            parts.append(self._categories(batch.candidate_rows, table))
+        if self.config.attention_width:
+            parts.append(self._attend(candidates, history, batch))
+        parts.append(relu(self.user(users)).unsqueeze(1).expand(-1, candidates.shape[1], -1))
+        x = torch.cat(parts, -1)
         crossed = x
         for cross in self.crosses:
             crossed = cross(x, crossed)
         deep = x
         for layer in self.layers:
             deep = self.dropout(relu(layer(deep)))
-        logits: Tensor = self.heads(torch.cat([crossed, deep], -1))
-        by_vector = self.sharpness * alike[..., :1]
-        logits = torch.cat([logits[..., :1] + by_vector, logits[..., 1:]], -1)
+        # As of the two side by side, without putting them there; and in the heads' digits, where the rest has fewer.
+        weight, width = self.heads.weight, crossed.shape[-1]
+        crossed, deep = crossed.to(weight.dtype), deep.to(weight.dtype)
+        logits: Tensor = linear(crossed, weight[:, :width]) + linear(deep, weight[:, width:], self.heads.bias)
+        logits = logits + alike[..., :1] * pad(self.sharpness, (0, len(HEADS) - 1))
         if positions is not None:
             shown = positions.clamp(-1, self.config.positions - 1) + 1
             logits = logits + self.position(shown)
@@ -234,10 +240,17 @@ class RankerModel(nn.Module):
             self.heads.bias.zero_()
 
     def alike(self, batch: RankerBatch, table: Tables) -> Tensor:
-        """The similarities as they are, [B, C, SIMILARITIES]."""
-        candidates, history = (
-            embedding(rows + 1, table.vectors) for rows in (batch.candidate_rows, batch.history_rows)
-        )
+        """The similarities as they are, [B, C, S]."""
+        return self._alike(*self._vectors(batch, table), batch)
+
+    def _vectors(self, batch: RankerBatch, table: Tables) -> tuple[Tensor, Tensor]:
+        """Of the candidates [B, C, d + k] and, where it is read, of the history [B, L, d + k]."""
+        history = batch.history_rows if self.config.reads_history else batch.history_rows[:, :0]
+        return embedding(batch.candidate_rows + 1, table.vectors), embedding(history + 1, table.vectors)
+
+    def _alike(self, candidates: Tensor, history: Tensor, batch: RankerBatch) -> Tensor:
+        if not self.config.reads_history:
+            return user_similarities(candidates, batch, self.config.dimension)
         return similarities(candidates, history, batch, self.config.dimension)
 
     def set_scale(self, users: Tensor, candidates: Tensor, similarities: Tensor | None = None) -> None:
@@ -250,11 +263,11 @@ class RankerModel(nn.Module):
             # What never varied in training must not shout when it does.
             getattr(self, f"{name}_std").copy_(torch.where(spread > 1e-3, spread, torch.ones_like(spread)))
 
-    def _standard(self, values: Tensor, name: str) -> Tensor:
-        mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+    def _standard(self, values: Tensor, *names: str) -> Tensor:
+        mean, std = (torch.cat([getattr(self, f"{name}_{part}") for name in names]) for part in ("mean", "std"))
+        scaled = ((values - mean.to(values.dtype)) / std.to(values.dtype)).clamp(-_CLIP, _CLIP)
         # What is not a number stands at the mean.
-        scaled = torch.nan_to_num((values - mean.to(values.dtype)) / std.to(values.dtype), nan=0.0)
-        return scaled.clamp(-_CLIP, _CLIP).to(mean.dtype)
+        return torch.where(scaled.isnan(), 0.0, scaled).to(mean.dtype)
 
     def _categories(self, rows: Tensor, table: Tables) -> Tensor:
         """Mean embedding of each candidate's categories, [B, C, category_width]."""
@@ -265,36 +278,40 @@ class RankerModel(nn.Module):
 
     def _attend(self, candidates: Tensor, history: Tensor, batch: RankerBatch) -> Tensor:
         """What of the history speaks to each candidate, [B, C, attention_width]."""
+        candidates, history = (one[..., : self.config.dimension] for one in (candidates, history))
         event = torch.stack([batch.history_weights, batch.history_ages], -1)
         keys, values = (self.key_value(history) + self.event(event)).chunk(2, -1)
-        logits = self.query(candidates) @ keys.transpose(1, 2) * self.config.attention_width**-0.5
-        logits = logits.masked_fill((batch.history_rows < 0).unsqueeze(1), _MASKED)
-        nothing = self.no_match.expand(*logits.shape[:2], 1)
-        shares = torch.cat([nothing, logits], -1).softmax(-1)[:, :, 1:]
-        attended: Tensor = shares @ values
+        # "Nothing" comes first: a key and a value of zeros, whose logit is its own.
+        keys, values = (pad(one, (0, 0, 1, 0)) for one in (keys, values))
+        hidden = torch.where(batch.history_rows < 0, _MASKED, 0.0).to(keys.dtype)
+        own = torch.cat([self.no_match.expand(hidden.shape[0], 1), hidden], 1).unsqueeze(1)
+        scaled = self.query(candidates) * self.config.attention_width**-0.5
+        attended: Tensor = (scaled @ keys.transpose(1, 2) + own).softmax(-1) @ values
         return attended
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def save_ranker(model: RankerModel, folder: Path) -> RankerModel:
-    """Writes RANKER and RANKER_CONFIG into `folder`; the model then bears the version made from its content."""
+def save_ranker(model: RankerModel, folder: Path, files: tuple[str, str] = MAIN) -> RankerModel:
+    """Writes weights and configuration into `folder`; the model then bears the version made from its content."""
+    weights, config = files
     raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     model.config = replace(model.config, model_version=_version(raw, model.config))
-    (folder / RANKER).write_bytes(raw)
-    (folder / RANKER_CONFIG).write_text(json.dumps(asdict(model.config), indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / weights).write_bytes(raw)
+    (folder / config).write_text(json.dumps(asdict(model.config), indent=2, sort_keys=True) + "\n", "utf-8")
     return model
 
 
-def load_ranker(folder: Path) -> RankerModel:
+def load_ranker(folder: Path, files: tuple[str, str] = MAIN) -> RankerModel:
     """Reads what `save_ranker` wrote, ready for inference on the CPU.
 
     Raises:
         ArtifactError: files missing or changed, or features of another signature than this version computes.
     """
+    weights, described = files
     try:
-        values = json.loads((folder / RANKER_CONFIG).read_text("utf-8"))
+        values = json.loads((folder / described).read_text("utf-8"))
         values["hidden"], values["trained_heads"] = tuple(values["hidden"]), tuple(values["trained_heads"])
         config = RankerConfig(**values)
         if config.feature_signature != SIGNATURE:
@@ -302,11 +319,11 @@ def load_ranker(folder: Path) -> RankerModel:
                 f"ranker {config.model_version} in {folder} reads features {config.feature_signature}, this version "
                 f"computes {SIGNATURE}; train again with `headrace train`"
             )
-        raw = (folder / RANKER).read_bytes()
+        raw = (folder / weights).read_bytes()
         if _version(raw, config) != config.model_version:
-            raise ArtifactError(f"{folder / RANKER} is not what {RANKER_CONFIG} describes; train again or roll back")
+            raise ArtifactError(f"{folder / weights} is not what {described} describes; train again or roll back")
         model = RankerModel(config)
-        model.load_state_dict(load_file(folder / RANKER))
+        model.load_state_dict(load_file(folder / weights))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())[:200]
         raise ArtifactError(f"ranker in {folder} cannot be read ({problem}); train again or roll back") from error

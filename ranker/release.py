@@ -7,13 +7,23 @@ beginning to end; a bundle whose parts do not fit each other, or whose warm-up f
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from core.bundle import ITEM_VECTORS, RANKER_FORM, RANKER_INT8, RANKER_ONNX, RANKER_PROBE, ReleaseBundle
+from core.bundle import (
+    ITEM_VECTORS,
+    RANKER_FORM,
+    RANKER_INT8,
+    RANKER_LIGHT,
+    RANKER_LIGHT_ONNX,
+    RANKER_ONNX,
+    RANKER_PROBE,
+    ReleaseBundle,
+)
 from core.clock import Clock
+from core.deadline import Deadline
 from core.errors import ArtifactError
 from core.settings import Settings
 from core.telemetry import get_logger
@@ -26,6 +36,7 @@ from headrace.v1.events_pb2 import Item, ItemStats
 from headrace.v1.feature_log_pb2 import LoggedFeatures
 from ranker import metrics
 from ranker.calibration import load_calibration
+from ranker.cascade import Cascade
 from ranker.forms import (
     BF16,
     FORMS,
@@ -36,10 +47,11 @@ from ranker.forms import (
     Bf16Network,
     Network,
     OnnxNetwork,
+    TorchNetwork,
     score_change,
 )
 from ranker.health import Health, Reference, rows_of
-from ranker.model import RankerBatch, load_ranker
+from ranker.model import LIGHT, RankerBatch, load_ranker
 from ranker.probe import EMPTY, Probe, load_probe
 from ranker.scorer import Scorer, Scores, collate
 
@@ -64,17 +76,22 @@ class UserJob:
     now_ms: int
     # So many candidates' features are told, best first.
     log_features_of: int = 0
+    # Of the call; None = no hurry.
+    deadline: Deadline | None = None
 
 
 class Release:
     """What jobs are scored with. Methods that change it are for one thread."""
 
-    def __init__(self, bundle: ReleaseBundle, catalog: Catalog, scorer: Scorer, load_time_ms: int) -> None:
+    def __init__(
+        self, bundle: ReleaseBundle, catalog: Catalog, scorer: Scorer, cascade: Cascade, load_time_ms: int
+    ) -> None:
         # None until the warm-up is over: it is no traffic.
         self.health: Health | None = None
         self.manifest = bundle.manifest
         self.catalog = catalog
         self.scorer = scorer
+        self.cascade = cascade
         self.load_time_ms = load_time_ms
 
     @property
@@ -94,12 +111,17 @@ class Release:
         with _timed("features"):
             inputs, noted = self._inputs(jobs, settings)
         vectors = [job.user_vector for job in jobs]
-        with _timed("model"):
-            made = self.scorer.score(inputs, vectors)
+        counts = [len(job.item_ids) for job in jobs]
+        keep = self.cascade.keep(sum(counts), (job.deadline for job in jobs))
+        with _timed("model"), self.cascade.measured(sum(min(count, keep or count) for count in counts)):
+            made = self.scorer.score(inputs, vectors, keep)
+        metrics.cut_candidates.inc(sum(int(one.cut.sum()) for one in made if one.cut is not None))
         if self.health is not None:
             with _timed("health"):
                 states, times_ms = [job.state for job in jobs], [job.now_ms for job in jobs]
-                self.health.see(states, vectors, times_ms, inputs, [one.score for one in made])
+                # Scores of two models in one list are not spread like those of one.
+                scores = [one.score if one.cut is None else one.score[:0] for one in made]
+                self.health.see(states, vectors, times_ms, inputs, scores)
         for index, features in noted.items():
             best = np.argsort(-made[index].score, kind="stable")[: jobs[index].log_features_of]
             feature_log.keep(features, best.tolist())
@@ -171,9 +193,11 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
     scorer = Scorer(model, vectors, catalog.column("categories"), load_calibration(bundle.path), device)
     probe = load_probe(bundle.path) if bundle.has(RANKER_PROBE) else EMPTY
     scorer.network = choose_network(bundle, scorer, probe, settings.ranker.form)
+    scorer.light = _light(bundle, scorer, probe, settings.ranker.form)
     for stats in bundle.item_stats():
         catalog.put_stats(stats)
-    release = Release(bundle, catalog, scorer, clock.now_ms())
+    cascade = Cascade(settings.ranker.cascade_keep, clock)
+    release = Release(bundle, catalog, scorer, cascade, clock.now_ms())
     warm_up(release, settings)
     release.health = Health(_reference(probe, scorer), settings.features)
     return release
@@ -192,18 +216,44 @@ def choose_network(bundle: ReleaseBundle, scorer: Scorer, probe: Probe, form: st
         return scorer.network
     try:
         network = _network(bundle, scorer, wanted)
-        table, batches = scorer.table, _probe_batches(probe, scorer)
-        change = score_change(network, scorer.network, batches, table)
-        if not change <= MAX_SCORE_CHANGE:
-            raise ArtifactError(
-                f"bundle {bundle.version}: form {wanted} changes a score by {change:.4f} (allowed "
-                f"{MAX_SCORE_CHANGE}); export it again or set ranker.form to torch"
-            )
+        _check(network, scorer.network, bundle, scorer, probe)
     except ArtifactError as error:
         if form != "auto":
             raise
         _log.warning("scores are computed by torch", bundle=bundle.version, problem=str(error))
         return scorer.network
+    return network
+
+
+def _check(network: Network, reference: Network, bundle: ReleaseBundle, scorer: Scorer, probe: Probe) -> None:
+    """Raises ArtifactError where a form is too far from the network as trained."""
+    change = score_change(network, reference, _probe_batches(probe, scorer), scorer.table)
+    if not change <= MAX_SCORE_CHANGE:
+        raise ArtifactError(
+            f"bundle {bundle.version}: form {network.form} changes a score by {change:.4f} (allowed "
+            f"{MAX_SCORE_CHANGE}); export it again or set ranker.form to torch"
+        )
+
+
+def _light(bundle: ReleaseBundle, scorer: Scorer, probe: Probe, form: str) -> Network | None:
+    """The light scorer of the bundle's ranker; None where it has none: lists are never cut then."""
+    if not bundle.has(RANKER_LIGHT):
+        return None
+    model = load_ranker(bundle.path, LIGHT)
+    if model.config.teacher_version != scorer.model.config.model_version:
+        raise ArtifactError(
+            f"bundle {bundle.version}: the light scorer {model.config.model_version} was made for ranker "
+            f"{model.config.teacher_version}, the bundle holds another; train again with `headrace train`"
+        )
+    trained = TorchNetwork(model, scorer.device)
+    if form == TORCH or scorer.device.type != "cpu" or not bundle.has(RANKER_LIGHT_ONNX):
+        return trained
+    try:
+        network = OnnxNetwork(bundle.file(RANKER_LIGHT_ONNX), ONNX)
+        _check(network, trained, bundle, scorer, probe)
+    except ArtifactError as error:
+        _log.warning("the light scorer is computed by torch", bundle=bundle.version, problem=str(error))
+        return trained
     return network
 
 
@@ -276,8 +326,9 @@ def warm_up(release: Release, settings: Settings) -> None:
     state = UserState(revision=len(history), watermark_ms=now_ms - 1, history=history)
     retrieval = np.linspace(1, 0, count, dtype=np.float32)
     job = UserJob(release, state, vector, item_ids, retrieval, np.ones(count, np.int32), now_ms)
-    for size in (1, 4) * _WARM_UP_ROUNDS:
-        for scores in score_jobs([job] * size, settings):
+    # The first one is too late for the whole list.
+    for one, size in ((replace(job, deadline=Deadline(0.0)), 1), *((job, size) for size in (1, 4) * _WARM_UP_ROUNDS)):
+        for scores in score_jobs([one] * size, settings):
             if scores.replaced_count:
                 raise ArtifactError(
                     f"bundle {release.manifest.bundle_version}: the ranker's scores are not finite; train again"

@@ -7,6 +7,7 @@ not finite pass, and the scorer replaces them.
 import numpy as np
 
 from core.codec import MAX_ID_CHARS, MAX_TIME_MS, MIN_TIME_MS, to_ms
+from core.deadline import Deadline
 from core.errors import InvalidRequestError, MalformedEventError
 from features import feature_log, windows
 from features.windows import UserState
@@ -18,13 +19,16 @@ MAX_CANDIDATES = 2000
 MAX_STATE_BYTES = 1_000_000
 
 
-def jobs_of(request: RankCandidatesRequest, release: Release, now_ms: int) -> list[UserJob]:
+def jobs_of(
+    request: RankCandidatesRequest, release: Release, now_ms: int, deadline: Deadline | None = None
+) -> list[UserJob]:
     """The users of a request as jobs.
 
     Args:
         request: as it came.
         release: what to score with.
         now_ms: the time of features where a user gives none.
+        deadline: of the call.
 
     Raises:
         InvalidRequestError: a field is out of its limits.
@@ -33,10 +37,10 @@ def jobs_of(request: RankCandidatesRequest, release: Release, now_ms: int) -> li
         raise InvalidRequestError("least_confidence", f"must be within 0..1, not {request.least_confidence}")
     if not 1 <= len(request.users) <= MAX_USERS:
         raise InvalidRequestError("users", f"1..{MAX_USERS} are needed, not {len(request.users)}")
-    return [_job(f"users[{index}]", user, release, now_ms) for index, user in enumerate(request.users)]
+    return [_job(f"users[{index}]", user, release, now_ms, deadline) for index, user in enumerate(request.users)]
 
 
-def _job(field: str, user: UserCandidates, release: Release, now_ms: int) -> UserJob:
+def _job(field: str, user: UserCandidates, release: Release, now_ms: int, deadline: Deadline | None) -> UserJob:
     count = len(user.item_ids)
     if len(user.user_id) > MAX_ID_CHARS:
         raise InvalidRequestError(f"{field}.user_id", f"at most {MAX_ID_CHARS} characters, not {len(user.user_id)}")
@@ -64,6 +68,7 @@ def _job(field: str, user: UserCandidates, release: Release, now_ms: int) -> Use
         (np.array(user.source_bits, np.int64) & 0x7FFFFFFF).astype(np.int32),
         _time_ms(field, user, now_ms),
         user.log_features_of,
+        deadline,
     )
 
 

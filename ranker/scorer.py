@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from features.catalog import Floats, Rows
@@ -31,6 +32,8 @@ _UNKNOWN_USER_FACTOR = 0.5
 _IMPRESSIONS, _CLICKS = CANDIDATE_FEATURES.index("log_impressions"), CANDIDATE_FEATURES.index("log_clicks")
 _KNOWN_USER = USER_FEATURES.index("is_known")
 
+Mask = npt.NDArray[np.bool_]
+
 
 class Scores(NamedTuple):
     """Scores of one user's C candidates, each 0..1."""
@@ -48,6 +51,8 @@ class Scores(NamedTuple):
     replaced_count: int
     # What was read, of some candidates, where the job asked for it.
     features: LoggedFeatures | None = None
+    # Candidates that only the light scorer saw, below all others; None where there are none. [C]
+    cut: Mask | None = None
 
 
 class Scorer:
@@ -65,17 +70,22 @@ class Scorer:
         self.model = model.eval()
         # May be replaced by another form of the same.
         self.network: Network = TorchNetwork(model, self.device)
+        # Cuts lists before the network; None: none is cut.
+        self.light: Network | None = None
         self.table = item_table(model, item_vectors, categories, self.device)
         self._calibration = [calibration.of(head) for head in HEADS]
         self._trained = [head in model.config.trained_heads for head in HEADS]
         self._rows_per_pass = _CPU_ROWS if self.device.type == "cpu" else _GPU_ROWS
 
-    def score(self, inputs: Sequence[RankerInput], user_vectors: Sequence[Floats | None]) -> list[Scores]:
+    def score(
+        self, inputs: Sequence[RankerInput], user_vectors: Sequence[Floats | None], keep: int | None = None
+    ) -> list[Scores]:
         """Scores users together.
 
         Args:
             inputs: B users, each with its own number of candidates (0 is allowed).
             user_vectors: B vectors [d], None where a user has none.
+            keep: of a longer list the network scores only so many, those that the light scorer puts first.
 
         Returns:
             B scores, in the order of `inputs`.
@@ -83,10 +93,11 @@ class Scorer:
         out: list[Scores | None] = [None] * len(inputs)
         for chosen in self._passes([len(one.candidate_rows) for one in inputs]):
             group = [inputs[index] for index in chosen]
-            logits = self._logits(group, [user_vectors[index] for index in chosen])
-            for index, one, part in zip(chosen, group, logits, strict=True):
-                vector = user_vectors[index]
-                out[index] = self._finish(one, part[: len(one.candidate_rows)], vector)
+            logits, cut = self._logits(group, [user_vectors[index] for index in chosen], keep)
+            for place, (index, one) in enumerate(zip(chosen, group, strict=True)):
+                there = slice(len(one.candidate_rows))
+                made = self._finish(one, logits[place, there], user_vectors[index])
+                out[index] = made if cut is None else _below(made, cut[place, there])
         return [scores if scores is not None else _EMPTY for scores in out]
 
     def _passes(self, counts: Sequence[int]) -> Iterator[list[int]]:
@@ -103,9 +114,27 @@ class Scorer:
         if chosen:
             yield chosen
 
-    def _logits(self, group: Sequence[RankerInput], user_vectors: Sequence[Floats | None]) -> Floats:
+    def _logits(
+        self, group: Sequence[RankerInput], user_vectors: Sequence[Floats | None], keep: int | None
+    ) -> tuple[Floats, Mask | None]:
+        """Logits [B, C, heads], and which of them are the light scorer's [B, C]."""
         batch = collate(group, user_vectors, self.model.config.dimension, len(self.table))
-        return self.network.logits(batch, self.table)
+        if keep is None or self.light is None or batch.candidate_rows.shape[1] <= keep:
+            return self.network.logits(batch, self.table), None
+        logits = self.light.logits(batch, self.table).copy()
+        counts = np.array([len(one.candidate_rows) for one in group])
+        is_padding = np.arange(logits.shape[1]) >= counts[:, None]
+        first_guess = np.where(is_padding, -np.inf, logits[:, :, CLICK])
+        kept = np.argpartition(-first_guess, keep - 1, axis=1)[:, :keep]
+        places = torch.from_numpy(kept)
+        fewer = batch._replace(
+            candidate_rows=batch.candidate_rows.gather(1, places),
+            candidates=torch.take_along_dim(batch.candidates, places.unsqueeze(2), 1),
+        )
+        np.put_along_axis(logits, kept[:, :, None], self.network.logits(fewer, self.table), 1)
+        cut = np.ones(logits.shape[:2], np.bool_)
+        np.put_along_axis(cut, kept, False, 1)  # noqa: FBT003 - numpy's signature
+        return logits, cut
 
     def _finish(self, one: RankerInput, logits: Floats, vector: Floats | None) -> Scores:
         finite = np.isfinite(logits)
@@ -137,6 +166,19 @@ class Scorer:
         if not one.user[_KNOWN_USER] > 0:
             confidence = confidence * _UNKNOWN_USER_FACTOR
         return confidence.astype(np.float32)
+
+
+def _below(made: Scores, cut: Mask) -> Scores:
+    """The same with what was cut below what was not, in its own order, and no more trusted than an unknown item."""
+    if not cut.any():
+        return made
+    limit, most = np.nextafter(made.score[~cut].min(), np.float32(0)), made.score[cut].max()
+    scale = limit / most if most > limit else np.float32(1)
+    return made._replace(
+        score=np.where(cut, np.minimum(made.score * scale, limit), made.score),
+        confidence=np.where(cut, np.minimum(made.confidence, np.float32(_MAX_UNTRAINED_CONFIDENCE)), made.confidence),
+        cut=cut,
+    )
 
 
 def _support(one: RankerInput) -> Floats:

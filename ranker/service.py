@@ -51,7 +51,7 @@ class RankerService(RankerServiceServicer):
         deadline = request_deadline(context, DEFAULT_DEADLINE_MS)
         try:
             release = self._releases.named(request.bundle_version, request.model_version)
-            jobs = jobs_of(request, release, self._clock.now_ms())
+            jobs = jobs_of(request, release, self._clock.now_ms(), deadline)
             scores = await self._batcher.submit(jobs, deadline)
         except RecommenderError as error:
             metrics.refused.labels(_REASONS.get(type(error), "failed")).inc()
@@ -99,4 +99,6 @@ def _ranked(scores: Scores, least_confidence: float | None) -> pb.RankedUser:
     if least_confidence is not None:
         ranked.below_confidence.extend((scores.confidence < least_confidence).tolist())
         ranked.click_uncertainties.extend(scores.uncertainty.tolist())
+    if scores.cut is not None:
+        ranked.cut.extend(scores.cut.tolist())
     return ranked

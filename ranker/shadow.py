@@ -48,8 +48,8 @@ class Shadow:
             return
         release, share = target
         chosen = [(job, scores) for job, scores in zip(jobs, served, strict=True) if is_chosen(job, share)]
-        # A vector of another embedding would be read as nonsense.
-        chosen = [one for one in chosen if one[0].release is not release]
+        # A list that was cut would differ by that alone.
+        chosen = [one for one in chosen if one[0].release is not release and one[1].cut is None]
         if not chosen:
             return
         if len(self._waiting) >= self._queue_max:
@@ -91,9 +91,11 @@ def is_chosen(job: UserJob, share: float) -> bool:
 
 
 def for_release(job: UserJob, release: Release) -> UserJob:
-    """The same question to another release; without the user's vector where that is of another embedding."""
+    """The same question to another release, without hurry; without a vector that is of another embedding."""
     same = job.release.manifest.embedding_version == release.manifest.embedding_version
-    return replace(job, release=release, user_vector=job.user_vector if same else None, log_features_of=0)
+    return replace(
+        job, release=release, user_vector=job.user_vector if same else None, log_features_of=0, deadline=None
+    )
 
 
 def top_overlap(scores: Floats, others: Floats) -> float:

@@ -127,6 +127,9 @@ class RankerClient(GrpcClient):
         """
         request = RankCandidatesRequest(users=[user], bundle_version=bundle_version)
         response: RankCandidatesResponse = await self._call(self._stub.RankCandidates, request, "rank", budget)
-        if len(response.users) != 1 or len(response.users[0].scores) != len(user.item_ids):
+        count = len(user.item_ids)
+        if len(response.users) != 1 or len(response.users[0].scores) != count:
             raise StageError("ranker", f"{self._target} did not score every candidate")
+        if len(response.users[0].cut) not in (0, count):
+            raise StageError("ranker", f"{self._target} does not say of every candidate whether it was cut")
         return response

@@ -4,9 +4,13 @@ Behind the Explain RPC. Invariant: explains the very run that it looks at (same 
 shown); it never guesses from outside.
 """
 
+from dataclasses import replace
+
 from headrace.v1.recommender_service_pb2 import ExplainResponse, RecommendResponse
 from serving.query import Query
 from serving.trace import Drop
+
+_CUT = "time was short, and of the ranker only the light scorer saw it"
 
 
 def explanation(query: Query, response: RecommendResponse) -> ExplainResponse:
@@ -34,7 +38,7 @@ def _drop(query: Query) -> Drop:
         return Drop("retrieve", "the catalogue does not know this item")
     dropped = trace.drop_of(row)
     if dropped is not None:
-        return dropped
+        return replace(dropped, reason=f"{dropped.reason}; {_CUT}") if row in trace.cut else dropped
     if not catalog.servable(query.now_ms)[row]:
         return Drop("filter", "not available, not published yet or expired")
     if any(report.name == "ladder" for report in trace.stages):

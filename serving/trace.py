@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from core.clock import Clock
@@ -82,6 +83,8 @@ class Trace:
     bundle_versions: set[str] = field(default_factory=set)
     # What the ranker read, of an answer that logs it.
     features: LoggedFeatures | None = None
+    # Rows that the ranker's network had no time for; its light scorer put them behind the others.
+    cut: Rows = field(default_factory=lambda: np.empty(0, np.int32))
     _reasons: set[Reason] = field(default_factory=set)
 
     @contextmanager

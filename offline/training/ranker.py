@@ -1,14 +1,16 @@
 """Trains the ranker on the questions of an event log, calibrates it, and says how much better its order is.
 
 A log gives questions (ranker_questions), these get candidates and features (ranker_rows), the network is fitted to them
-(ranker_fit) and measured (ranker_quality); the newest part of the log, by event time, is held out. Invariant: the same
-log, towers, settings and seed give the same model; nothing at or after `before_ms` is read, and no training label
-reaches into the held-out time.
+(ranker_fit) and measured (ranker_quality). A light scorer learns from it, for lists that it has no time for; with
+`offline.ranker_student`, first a smaller ranker does, to serve in its place (ranker_distil). The newest part of the
+log, by event time, is held out. Invariant: the same log, towers, settings and seed give the same model; nothing at or
+after `before_ms` is read, and no training label reaches into the held-out time.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +27,8 @@ from headrace.v1.events_pb2 import Item
 from offline.replay import Entry, read_entries
 from offline.reporting import Reporter
 from offline.training.ranker_candidates import CandidateSources
+from offline.training.ranker_distil import LIGHT as LIGHT_SHAPE
+from offline.training.ranker_distil import STUDENT, without_tastes
 from offline.training.ranker_fit import Split, Trainer
 from offline.training.ranker_quality import calibrate, order
 from offline.training.ranker_questions import Question, questions_of
@@ -32,7 +36,7 @@ from offline.training.ranker_rows import Row, RowMaker
 from offline.training.tastes import tastes_of
 from offline.training.towers import TrainedTowers
 from ranker.calibration import save_calibration
-from ranker.model import CLICK, RankerModel, save_ranker
+from ranker.model import CLICK, LIGHT, RankerModel, save_ranker
 from ranker.probe import MAX_LISTS, Probe, save_probe
 from ranker.scorer import Scorer
 
@@ -52,6 +56,10 @@ class TrainedRanker:
 
     model: RankerModel
     metrics: dict[str, float]
+    # What cuts its lists where time is short.
+    light: RankerModel | None = None
+    # The larger one that it learnt from, if any.
+    teacher: RankerModel | None = None
 
 
 def train_ranker(
@@ -65,7 +73,7 @@ def train_ranker(
     before_ms: int | None = None,
     progress: bool = True,
 ) -> TrainedRanker:
-    """Trains the ranker and writes it and its calibration into `work`.
+    """Trains the ranker and writes it, its light scorer and its calibration into `work`.
 
     Args:
         log: events and, where there are any, impressions.
@@ -73,7 +81,7 @@ def train_ranker(
         towers: the trained towers; their vectors are inputs of the ranker and bring its negatives. Those as validated,
             where there are such: towers that have learnt the answers make vectors that are too good.
         settings: `offline` for the training, `features` and `candidate` for what is computed and retrieved.
-        work: folder for RANKER, RANKER_CONFIG and CALIBRATION.
+        work: folder for RANKER, RANKER_LIGHT, their configurations and CALIBRATION.
         device: cpu, cuda, or auto for CUDA where there is one.
         before_ms: events at or after this time are not looked at.
         progress: show progress bars on the terminal.
@@ -96,24 +104,39 @@ def train_ranker(
     offline = settings.offline
     learnt_ms = _time_at(entries, 1 - offline.validation_share) + 1
     tastes = tastes_of(entries, items, settings.features, learnt_ms, offline.seed)
-    trainer = Trainer(rows, towers.item_vectors, categories, settings, chosen, tastes)
+    make = partial(Trainer, rows, towers.item_vectors, categories, settings, chosen, tastes)
+    trainer, teacher = make(), None
     epochs = trainer.run(reporter)
+    if offline.ranker_student:
+        teacher = trainer.model
+        trainer = make(STUDENT, teacher)
+        epochs = trainer.run(reporter)
+    lighter = make(LIGHT_SHAPE, trainer.model)
+    lighter.run(reporter)
     calibration, metrics = calibrate(trainer, rows.held_out, rows.served)
-    scorer = Scorer(trainer.model, towers.item_vectors, categories, calibration, chosen)
-    metrics |= order(scorer, rows.served, towers.item_vectors)
+    for name, model in (("teacher_", teacher), ("light_", lighter.model), ("", trainer.model)):
+        if model is not None:
+            scorer = Scorer(model, towers.item_vectors, categories, calibration, chosen)
+            ranked, retrieved = order(scorer, rows.served, towers.item_vectors)
+            metrics |= {f"{name}ndcg_at_10": ranked, "retrieval_ndcg_at_10": retrieved}
     # As the towers, which in the end learn from everything.
-    newest = tastes_of(entries, items, settings.features, entries[-1].time_ms + 1, offline.seed)
-    trainer.model.tastes.copy_(torch.from_numpy(newest))
+    newest = torch.from_numpy(tastes_of(entries, items, settings.features, entries[-1].time_ms + 1, offline.seed))
+    for model in (trainer.model, teacher):
+        if model is not None:
+            model.tastes.copy_(newest)
     save_ranker(trainer.model, work)
+    light = without_tastes(lighter.model.cpu())
+    light.config = replace(light.config, teacher_version=trainer.model.config.model_version)
+    save_ranker(light, work, LIGHT)
     save_calibration(calibration, work)
-    sample = _evenly(rows.served or rows.held_out or rows.train, MAX_LISTS)
+    sample = evenly(rows.served or rows.held_out or rows.train, MAX_LISTS)
     gains = [(row.labels[:, CLICK] > 0).astype(np.float32) for row in sample]
     probe = Probe([row.features for row in sample], [row.user_vector for row in sample], gains)
     save_probe(probe, towers.item_vectors.shape[1], work)
     seconds = time.monotonic() - started
     metrics |= {"rows": float(sum(len(row.labels) for row in rows.train)), "epochs": epochs, "seconds": seconds}
     _log.info("ranker trained", **{name: round(value, 4) for name, value in metrics.items()})
-    return TrainedRanker(trainer.model.cpu(), metrics)
+    return TrainedRanker(trainer.model.cpu(), metrics, light, teacher)
 
 
 def _categories(items: Sequence[Item], settings: Settings) -> Rows:
@@ -134,7 +157,7 @@ def _rows(
     entries: Sequence[Entry], items: Sequence[Item], towers: TrainedTowers, settings: Settings, reporter: Reporter
 ) -> Split:
     train, held_out = _split(questions_of(entries, settings), entries, settings)
-    served = _evenly([question for question in held_out if question.has_click()], SERVED_LISTS)
+    served = evenly([question for question in held_out if question.has_click()], SERVED_LISTS)
     parts = ((train, 0), (held_out, 1), (served, 2))
     asked = sorted(((q, part) for part_questions, part in parts for q in part_questions), key=lambda a: a[0].time_ms)
     encoder = UserEncoder(towers.towers.eval(), settings.features)
@@ -168,7 +191,7 @@ def _split(
     per_list = [len(q.click) + settings.offline.ranker_negatives for q in train]
     budget = int(settings.offline.ranker_max_rows / max(1.0, float(np.mean(per_list)) if per_list else 1.0))
     # Old tastes and old statistics teach less: of a long log the newer part, and of that an even sample.
-    return _evenly(train[-2 * budget :], budget), _evenly(held_out, HELD_OUT_LISTS)
+    return evenly(train[-2 * budget :], budget), evenly(held_out, HELD_OUT_LISTS)
 
 
 def _time_at(entries: Sequence[Entry], share: float) -> int:
@@ -184,7 +207,7 @@ def _informative(questions: Sequence[Question], seed: int) -> list[Question]:
     return [question for index, question in enumerate(questions) if index not in dropped]
 
 
-def _evenly(things: Sequence[Thing], count: int) -> list[Thing]:
+def evenly(things: Sequence[Thing], count: int) -> list[Thing]:
     if len(things) <= count:
         return list(things)
     return [things[int(index)] for index in np.linspace(0, len(things) - 1, count)]

@@ -6,7 +6,7 @@ weights that are kept are moving averages, of the epoch with the least held-out 
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from core.settings import Settings
 from features.catalog import Floats, Rows
 from features.vectors import CANDIDATE_FEATURES
 from offline.reporting import Reporter
+from offline.training.ranker_distil import MORE_EPOCHS, Teacher
 from offline.training.ranker_rows import Row
 from ranker.model import CLICK, CONVERSION, HEADS, VALUE, RankerBatch, RankerConfig, RankerModel, item_table
 from ranker.scorer import collate
@@ -48,7 +49,18 @@ class Split(NamedTuple):
 
 
 class Trainer:
-    """The model and the rows that it learns from."""
+    """The model and the rows that it learns from.
+
+    Args:
+        rows: what is learnt, and what is held out.
+        item_vectors: of the towers. [n, d]
+        categories: [n, 4]
+        settings: `offline`.
+        device: where to train.
+        tastes: [n, k]
+        shape: makes the network's configuration.
+        teacher: a trained ranker to learn from, too.
+    """
 
     def __init__(
         self,
@@ -58,8 +70,12 @@ class Trainer:
         settings: Settings,
         device: torch.device,
         tastes: Floats | None = None,
+        shape: Callable[..., RankerConfig] = RankerConfig,
+        teacher: RankerModel | None = None,
     ) -> None:
         self._rows, self._vectors, self._settings, self._device = rows, item_vectors, settings, device
+        self._teacher = Teacher(teacher, settings.offline.teacher_share) if teacher else None
+        self._epochs = settings.offline.ranker_epochs * (MORE_EPOCHS if teacher else 1)
         labels = np.concatenate([row.labels for row in rows.train])
         trained = ["click"]
         if float((labels[:, CONVERSION] > 0).sum()) >= LEAST_LABELS:
@@ -67,10 +83,12 @@ class Trainer:
         if float(np.isfinite(labels[:, VALUE]).sum()) >= LEAST_LABELS:
             trained.append("value")
         items, width = (0, 0) if tastes is None else tastes.shape
-        self.model = RankerModel(RankerConfig(item_vectors.shape[1], items, width, trained_heads=tuple(trained)))
+        self.model = RankerModel(shape(item_vectors.shape[1], items, width, trained_heads=tuple(trained)))
         if tastes is not None:
             self.model.tastes.copy_(torch.from_numpy(tastes))
         self.model.begin_as_retrieved()
+        if self._teacher:
+            self._teacher.start(self.model)
         self.model.to(device)
         self._table = item_table(self.model, item_vectors, categories, device)
         self._rng = np.random.default_rng(settings.offline.seed)
@@ -92,12 +110,12 @@ class Trainer:
         optimiser = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         steps = -(-len(self._rows.train) // LISTS_PER_STEP)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, LEARNING_RATE, total_steps=steps * offline.ranker_epochs, pct_start=0.1
+            optimiser, LEARNING_RATE, total_steps=steps * self._epochs, pct_start=0.1
         )
         average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))  # type: ignore[no-untyped-call]
         best, kept, kept_state = float("inf"), 0, copy.deepcopy(self.model.state_dict())
-        with reporter.bar("ranker: training", steps * offline.ranker_epochs) as advance:
-            for epoch in range(1, offline.ranker_epochs + 1):
+        with reporter.bar("ranker: training", steps * self._epochs) as advance:
+            for epoch in range(1, self._epochs + 1):
                 self.model.train()
                 for lists in self._steps(self._rows.train, shuffle=True):
                     optimiser.zero_grad()
@@ -150,15 +168,23 @@ class Trainer:
         inputs.candidates[:, :, _SCORE][blind] = self.model.candidate_mean[_SCORE].cpu()
         return inputs._replace(user_vectors=inputs.user_vectors * keep, has_vector=inputs.has_vector * keep)
 
-    def _loss(self, model: nn.Module, batch: "_Batch", *, with_positions: bool = True) -> Tensor:
-        logits = model(batch.inputs, self._table, batch.positions if with_positions else None)
+    def _loss(self, model: nn.Module, batch: "_Batch", *, learning: bool = True) -> Tensor:
+        """With positions and the teacher's opinion while `learning`, on the labels alone to compare epochs."""
+        logits = model(batch.inputs, self._table, batch.positions if learning else None)
+        teacher = self._teacher if learning else None
+        opinion = teacher.logits(batch.inputs, self._table) if teacher else None
         click = batch.labels[:, :, CLICK]
         there = torch.isfinite(click)
         wanted = torch.where(there, click, torch.zeros_like(click))
-        clicks = wanted.sum(1)
-        shares = (logits[:, :, CLICK] + batch.weights.log()).masked_fill(~there, -1e4).log_softmax(1)
-        asked = clicks > 0
-        listwise = -((shares * wanted).sum(1) / clicks.clamp(min=1))[asked]
+        clicks = wanted.sum(1, keepdim=True)
+        shares = _among(logits, batch, there).log_softmax(1)
+        aims = wanted / clicks.clamp(min=1)
+        if teacher and opinion is not None:
+            aims = teacher.mixed(aims, _among(opinion, batch, there).softmax(1))
+            labels = teacher.mixed(batch.labels, opinion.sigmoid())
+            batch = batch._replace(labels=labels)
+        asked = clicks[:, 0] > 0
+        listwise = -(shares * aims).sum(1)[asked]
         loss: Tensor = listwise.sum() / asked.sum().clamp(min=1) + _entropy(logits, batch, CLICK)
         if "conversion" in self.model.config.trained_heads:
             loss = loss + CONVERSION_WEIGHT * _entropy(logits, batch, CONVERSION)
@@ -171,7 +197,7 @@ class Trainer:
         model.eval()
         with torch.inference_mode():
             losses = [
-                float(self._loss(model, self._batch(lists), with_positions=False))
+                float(self._loss(model, self._batch(lists), learning=False))
                 for lists in self._steps(rows, shuffle=False)
             ]
         return float(np.mean(losses))
@@ -198,6 +224,11 @@ class _Batch(NamedTuple):
     positions: Tensor
     # [B, C]
     weights: Tensor
+
+
+def _among(logits: Tensor, batch: _Batch, there: Tensor) -> Tensor:
+    """Click logits [B, C] as of whole lists: each candidate counts for as many as it was drawn from."""
+    return (logits[:, :, CLICK] + batch.weights.log()).masked_fill(~there, -1e4)
 
 
 def _entropy(logits: Tensor, batch: _Batch, head: int) -> Tensor:

@@ -53,8 +53,8 @@ def calibrate(
     }
 
 
-def order(scorer: Scorer, served: Sequence[Row], item_vectors: Floats) -> dict[str, float]:
-    """NDCG@10 of the retrieved candidates in the ranker's order and in that of retrieval."""
+def order(scorer: Scorer, served: Sequence[Row], item_vectors: Floats) -> tuple[float, float]:
+    """NDCG@10 of the retrieved candidates in the ranker's order and in that of retrieval; 0 without lists."""
     ranked, retrieved = [], []
     for row in served:
         gains = (row.labels[:, CLICK] > 0).astype(np.float32)
@@ -64,9 +64,7 @@ def order(scorer: Scorer, served: Sequence[Row], item_vectors: Floats) -> dict[s
         vector = row.user_vector
         by_vector = by_source if vector is None else item_vectors[row.features.candidate_rows] @ vector
         retrieved.append(ndcg(by_vector, gains, row.missed_count))
-    if not ranked:
-        return {}
-    return {"ndcg_at_10": float(np.mean(ranked)), "retrieval_ndcg_at_10": float(np.mean(retrieved))}
+    return (float(np.mean(ranked)), float(np.mean(retrieved))) if ranked else (0.0, 0.0)
 
 
 def ndcg(scores: Floats, gains: Floats, missed: int = 0, cutoff: int = CUTOFF) -> float:

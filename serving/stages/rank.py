@@ -11,6 +11,7 @@ from core.codec import from_ms
 from core.errors import StageError
 from features.catalog import Rows
 from features.feature_log import MAX_CANDIDATES
+from headrace.v1 import types_pb2 as types
 from headrace.v1.ranker_service_pb2 import RankCandidatesResponse, UserCandidates
 from serving.clients import NotLoadedError, RankerClient
 from serving.feature_log import is_logged
@@ -88,6 +89,9 @@ def as_trained(source_bits: Rows) -> Rows:
 
 def _scored(query: Query, candidates: Candidates, response: RankCandidatesResponse) -> Staged:
     ranked = response.users[0]
+    if any(ranked.cut):
+        query.trace.cut = candidates.rows[np.array(ranked.cut, np.bool_)]
+        query.trace.degrade(types.DEGRADED_REASON_DEADLINE_SHORT)
     scored = candidates.with_ranked(np.array(ranked.scores, np.float32))
     request = query.request
     if not request.HasField("min_score") or len(ranked.click_scores) != len(candidates):

@@ -37,13 +37,14 @@ from offline.training.ranker_candidates import (
     Pool,
     draw,
 )
+from offline.training.ranker_distil import STUDENT, Teacher
 from offline.training.ranker_quality import auc, ndcg
 from offline.training.ranker_questions import Question, questions_of
 from offline.training.ranker_rows import RowMaker
 from offline.training.ranker_timeline import Timeline
 from offline.training.towers import TrainedTowers
 from ranker.calibration import load_calibration
-from ranker.model import load_ranker
+from ranker.model import LIGHT, RankerConfig, RankerModel, load_ranker
 from ranker.scorer import Scorer
 
 T0_MS = 1_700_000_000_000
@@ -223,6 +224,44 @@ def test_the_probabilities_are_calibrated(trained: Trained) -> None:
     work, metrics = trained
     assert metrics["ece"] < 0.06
     assert load_calibration(work).fitted_on in ("impressions", "retrieved")
+
+
+def test_a_light_scorer_comes_with_it(trained: Trained) -> None:
+    work, metrics = trained
+    light = load_ranker(work, LIGHT)
+    assert light.config.teacher_version == load_ranker(work).config.model_version
+    # No second copy of the items' tastes; no part that reads the history.
+    assert (light.config.items, light.tastes.numel(), light.config.reads_history) == (0, 0, False)
+    assert metrics["light_ndcg_at_10"] > metrics["retrieval_ndcg_at_10"]
+
+
+def test_a_student_learns_what_its_teacher_thinks(tastes: EventLog, small: Settings, tmp_path: Path) -> None:
+    items = list(tastes.items())
+    settings = load_settings(overrides={"offline": {**small.offline.model_dump(), "ranker_student": True}})
+    towers = untrained_towers(items, settings)
+    made = train_ranker(tastes, items, towers, settings, tmp_path, device="cpu", progress=False)
+    assert made.teacher is not None
+    assert made.teacher.config.attention_width > 0
+    student = load_ranker(tmp_path)
+    assert (student.config.attention_width, student.config.cross_layers) == (0, 0)
+    assert student.parameter_count() < made.teacher.parameter_count() / 4
+    assert load_ranker(tmp_path, LIGHT).config.teacher_version == student.config.model_version
+    assert made.metrics["ndcg_at_10"] > 0.9 * made.metrics["teacher_ndcg_at_10"]
+
+
+def test_a_teachers_opinion_is_mixed_into_known_targets_alone() -> None:
+    teacher = Teacher(RankerModel(RankerConfig(DIMENSION)), 0.25)
+    mixed = teacher.mixed(torch.tensor([1.0, 0.0, np.nan]), torch.tensor([0.2, 0.8, 0.9]))
+    np.testing.assert_allclose(mixed.numpy(), [0.8, 0.2, np.nan], rtol=1e-6)
+
+
+def test_a_student_begins_with_the_parts_that_fit() -> None:
+    torch.manual_seed(0)
+    full, student = RankerModel(RankerConfig(DIMENSION)), RankerModel(STUDENT(DIMENSION))
+    Teacher(full, 0.5).start(student)
+    torch.testing.assert_close(student.user.weight, full.user.weight)
+    assert not student.heads.weight.any()
+    assert student.layers[0].weight.shape != full.layers[0].weight.shape
 
 
 def test_the_files_are_there_and_the_ranker_follows_a_click(

@@ -145,7 +145,9 @@ class CandidateServer(Neighbour, candidate_grpc.CandidateServiceServicer):
 
 
 class RankerServer(Neighbour, ranker_grpc.RankerServiceServicer):
-    """Likes high item numbers."""
+    """Likes high item numbers; with `cut_below`, says of the lower ones that it had no time for them."""
+
+    cut_below = 0
 
     async def RankCandidates(self, request, context):
         await self.behave(request)
@@ -154,7 +156,8 @@ class RankerServer(Neighbour, ranker_grpc.RankerServiceServicer):
         response = ranker_pb.RankCandidatesResponse(model_version="model-1", bundle_version=self.bundle_version)
         for user in request.users:
             scores = [int(name[-3:]) / 1000 for name in user.item_ids]
-            ranked = response.users.add(click_scores=scores, scores=scores)
+            cut = [int(name[-3:]) < self.cut_below for name in user.item_ids]
+            ranked = response.users.add(click_scores=scores, scores=scores, cut=cut if any(cut) else ())
             told = min(user.log_features_of, len(scores))
             if told:
                 ranked.features.item_ids.extend(user.item_ids[:told])

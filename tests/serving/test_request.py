@@ -209,6 +209,21 @@ async def test_explain_says_why_not(house, asked, stage, reason) -> None:
         assert explained.rank_at_drop == 777
 
 
+async def test_what_the_ranker_had_no_time_for_stays_behind_and_says_so(house) -> None:
+    house.put_user()
+    house.ranker.cut_below = 150
+    recommender, _ = await house.open()
+    answer = await recommender.Recommend(ask(num_items=3))
+    assert types.DEGRADED_REASON_DEADLINE_SHORT in answer.degraded_reasons
+    assert answer.served_tier == types.SERVING_TIER_RANKED
+    for asked, is_cut in (("item-140", True), ("item-152", False)):
+        explained = await recommender.Explain(pb.ExplainRequest(request=ask(num_items=3), item_id=asked))
+        assert (explained.dropped_by_stage, "only the light scorer" in explained.dropped_reason) == ("select", is_cut)
+    house.ranker.cut_below = 0
+    answer = await recommender.Recommend(ask(num_items=3))
+    assert not answer.degraded_reasons
+
+
 async def test_explain_says_why(house) -> None:
     house.put_user()
     recommender, _ = await house.open()

@@ -161,6 +161,7 @@ class RankedUser(_message.Message):
     BELOW_CONFIDENCE_FIELD_NUMBER: _builtins.int
     CLICK_UNCERTAINTIES_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def click_scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Parallel to UserCandidates.item_ids; each a calibrated probability, 0..1."""
@@ -191,6 +192,12 @@ class RankedUser(_message.Message):
     def features(self) -> _feature_log_pb2.LoggedFeatures:
         """Where the request gives log_features_of."""
 
+    @_builtins.property
+    def cut(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Too little time was left to score the whole list: true for the candidates that only the light scorer saw. Their
+        scores are rough, and below those of the others. Empty = none was cut.
+        """
+
     def __init__(
         self,
         *,
@@ -202,10 +209,11 @@ class RankedUser(_message.Message):
         below_confidence: _abc.Iterable[_builtins.bool] | None = ...,
         click_uncertainties: _abc.Iterable[_builtins.float] | None = ...,
         features: _feature_log_pb2.LoggedFeatures | None = ...,
+        cut: _abc.Iterable[_builtins.bool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_confidence", b"below_confidence", "click_scores", b"click_scores", "click_uncertainties", b"click_uncertainties", "confidences", b"confidences", "conversion_scores", b"conversion_scores", "features", b"features", "scores", b"scores", "value_scores", b"value_scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_confidence", b"below_confidence", "click_scores", b"click_scores", "click_uncertainties", b"click_uncertainties", "confidences", b"confidences", "conversion_scores", b"conversion_scores", "cut", b"cut", "features", b"features", "scores", b"scores", "value_scores", b"value_scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
