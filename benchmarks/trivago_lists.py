@@ -15,14 +15,13 @@ from features import windows
 from features.catalog import Catalog, Floats, Rows
 from features.stores.event_log import EventLog, user_events
 from features.stores.event_rows import IMPRESSIONS
-from features.vectors import CANDIDATE_FEATURES, RankerInput, ranker_input
+from features.vectors import RankerInput, ranker_input
 from features.windows import UserEvent, UserState
 from offline.logs import read_items
 from offline.replay import Replay, read_entries
 
 DELAYS_SECONDS = (0.0, 10.0, 60.0, 300.0, 1800.0, float("inf"))
 TRAIN_SHARE = 0.7
-_PRICE = CANDIDATE_FEATURES.index("log_price")
 # The bit of the source that brought the list: what was shown came from one place.
 _SHOWN_BIT = 1
 
@@ -98,10 +97,10 @@ class Lists:
         scores = (1 / np.log2(np.arange(count) + 2)).astype(np.float32)
         bits: Rows = np.full(count, _SHOWN_BIT, np.int32)
         rows = catalog.rows(one.item_ids)
-        made = ranker_input(state, catalog, rows, scores, bits, one.time_ms, self._settings.features)
         # The price of this very list; the catalogue has the median over all time.
-        made.candidates[:, _PRICE] = np.log1p(one.prices)
-        return made
+        prices = np.log1p(one.prices)
+        features = self._settings.features
+        return ranker_input(state, catalog, rows, scores, bits, one.time_ms, features, log_prices=prices)
 
     def _read(self) -> None:
         events = self._log.events()

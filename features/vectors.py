@@ -7,9 +7,12 @@ signature refuses to load.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from core.settings import FeaturesSettings
 from features import decay, windows
@@ -24,9 +27,11 @@ USER_FEATURES = (
     "log_events",
     "log_distinct_items",
     "log_session_events",
-    "log_hours_since_last",
+    "log_seconds_since_last",
     "mean_engagement",
     "is_known",
+    "mean_log_price_of_list",
+    "score_of_last",
 )
 CANDIDATE_FEATURES = (
     "log_impressions",
@@ -38,25 +43,35 @@ CANDIDATE_FEATURES = (
     "log_age_days",
     "year",
     "log_price",
+    "log_price_in_list",
+    "log_price_from_last",
+    "log_price_from_recent",
     "affinity_short",
     "affinity_long",
     "log_times_in_history",
     "recency_in_history",
+    "touch_freshness",
     "in_session",
     "shared_categories_with_last",
     "log_years_from_last",
     "log_years_from_recent",
     "retrieval_score",
+    "score_from_last",
     *(f"from_{source}" for source in SOURCES),
 )
-# Items of the history whose years say from which time the user likes things.
-_RECENT_YEARS = 10
+_AT = {name: index for index, name in enumerate(CANDIDATE_FEATURES)}
+# Columns of which an item that the catalogue does not know has none.
+_OF_ITEMS = CANDIDATE_FEATURES.index("retrieval_score")
+# Items of the history whose years and prices say what the user likes now.
+_RECENT = 10
+# Of what was touched just now; it falls with log(1 + seconds) to nothing, which never touched has, in 90 days.
+_FRESHEST = math.log1p(90 * 86_400)
 # Prior of the click-through rate: as if each item had been shown this often at this rate.
 _PRIOR_IMPRESSIONS, _PRIOR_CTR = 20.0, 0.05
 _DAY_MS = 86_400_000
-_HOUR_MS = 3_600_000
+_SECONDS_AN_HOUR = 3600
 
-SIGNATURE = hashlib.blake2b(repr((1, SOURCES, USER_FEATURES, CANDIDATE_FEATURES)).encode(), digest_size=8).hexdigest()
+SIGNATURE = hashlib.blake2b(repr((2, SOURCES, USER_FEATURES, CANDIDATE_FEATURES)).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +90,31 @@ class RankerInput:
     candidates: Floats
 
 
+class ListContext(NamedTuple):
+    """What is read of a list as a whole.
+
+    It is part of the user's features, so that a part of a list is enough to make its features again.
+    """
+
+    # Over the items that have a price; 0 where none has.
+    mean_log_price: np.float32
+    # The retrieval score of the user's last item; 0 where it is not in the list.
+    score_of_last: np.float32
+
+    @classmethod
+    def of_features(cls, user: Floats) -> "ListContext":
+        return cls(*user[USER_FEATURES.index("mean_log_price_of_list") :])
+
+
+class _History(NamedTuple):
+    """The user's events on items, newest last, padded in front. [L] each."""
+
+    rows: Rows
+    weights: Floats
+    # How long ago.
+    seconds: npt.NDArray[np.float64]
+
+
 def ranker_input(
     state: UserState,
     catalog: Catalog,
@@ -83,6 +123,8 @@ def ranker_input(
     source_bits: Rows,
     now_ms: int,
     settings: FeaturesSettings,
+    context: ListContext | None = None,
+    log_prices: Floats | None = None,
 ) -> RankerInput:
     """Features of one user and C candidates as of `now_ms`.
 
@@ -94,49 +136,82 @@ def ranker_input(
         source_bits: [C]
         now_ms: time of the request.
         settings: the same as the state was made with.
+        context: of the whole list, where the candidates are a part of it; made of them otherwise.
+        log_prices: log(1 + price) that the candidates were offered at, where it was not the catalogue's. [C]
     """
-    history_rows, weights, ages = _history(state, catalog, now_ms, settings)
+    history = _history(state, catalog, now_ms, settings)
     current = windows.session(state, now_ms, settings.session_gap_seconds)
     session_rows = catalog.rows(entry.item_id for entry in current)
+    if log_prices is None:
+        log_prices = _log_prices(catalog, candidate_rows)
+    if context is None:
+        context = _context(candidate_rows, log_prices, retrieval_scores, history.rows)
     return RankerInput(
-        history_rows,
-        weights,
-        ages,
-        _user(state, len(current), weights, now_ms),
+        history.rows,
+        history.weights,
+        np.log1p(history.seconds / _SECONDS_AN_HOUR).astype(np.float32),
+        _user(state, len(current), history.weights, now_ms, context),
         candidate_rows,
         _candidates(
-            state, catalog, candidate_rows, retrieval_scores, source_bits, history_rows, session_rows, now_ms, settings
+            state,
+            catalog,
+            candidate_rows,
+            retrieval_scores,
+            source_bits,
+            log_prices,
+            history,
+            session_rows,
+            context,
+            now_ms,
+            settings,
         ),
     )
 
 
-def _history(
-    state: UserState, catalog: Catalog, now_ms: int, settings: FeaturesSettings
-) -> tuple[Rows, Floats, Floats]:
+def _history(state: UserState, catalog: Catalog, now_ms: int, settings: FeaturesSettings) -> _History:
     length = settings.history_length
     rows = np.full(length, -1, np.int32)
     weights = np.zeros(length, np.float32)
-    ages = np.zeros(length, np.float32)
+    seconds = np.zeros(length, np.float64)
     count = len(state.history)
     if count:
         rows[-count:] = catalog.rows(entry.item_id for entry in state.history)
         weights[-count:] = [engagement_weight(e.kind, e.value, 1.0, settings) for e in state.history]
         elapsed_ms = np.array([now_ms - entry.time_ms for entry in state.history], np.float64)
-        ages[-count:] = np.log1p(np.maximum(elapsed_ms, 0) / _HOUR_MS)
-    return rows, weights, ages
+        seconds[-count:] = np.maximum(elapsed_ms, 0) / 1000
+    return _History(rows, weights, seconds)
 
 
-def _user(state: UserState, session_events: int, weights: Floats, now_ms: int) -> Floats:
+def _log_prices(catalog: Catalog, rows: Rows) -> Floats:
+    """[C], 0 = not known."""
+    if not len(catalog):
+        return np.zeros(len(rows), np.float32)
+    prices: Floats = np.where(rows >= 0, catalog.column("log_price")[rows], np.float32(0))
+    return prices
+
+
+def _context(rows: Rows, log_prices: Floats, retrieval_scores: Floats, history_rows: Rows) -> ListContext:
+    priced = log_prices[log_prices > 0]
+    touched = history_rows[history_rows >= 0]
+    last = np.flatnonzero(rows == touched[-1]) if len(touched) else touched
+    return ListContext(
+        np.float32(priced.mean(dtype=np.float64)) if len(priced) else np.float32(0),
+        np.float32(retrieval_scores[last[0]]) if len(last) else np.float32(0),
+    )
+
+
+def _user(state: UserState, session_events: int, weights: Floats, now_ms: int, context: ListContext) -> Floats:
     known = bool(state.history)
-    hours = max(0, now_ms - state.watermark_ms) / _HOUR_MS if known else 0.0
+    seconds = max(0, now_ms - state.watermark_ms) / 1000 if known else 0.0
     return np.array(
         [
             math.log1p(state.revision),
             math.log1p(len({entry.item_id for entry in state.history})),
             math.log1p(session_events),
-            math.log1p(hours),
+            math.log1p(seconds),
             float(weights.sum()) / max(1, len(state.history)),
             float(known),
+            *context,
         ],
         np.float32,
     )
@@ -148,54 +223,91 @@ def _candidates(
     rows: Rows,
     retrieval_scores: Floats,
     source_bits: Rows,
-    history_rows: Rows,
+    log_prices: Floats,
+    history: _History,
     session_rows: Rows,
+    context: ListContext,
     now_ms: int,
     settings: FeaturesSettings,
 ) -> Floats:
     out = np.zeros((len(rows), len(CANDIDATE_FEATURES)), np.float32)
+
+    def put(name: str, values: npt.NDArray[Any]) -> None:
+        out[:, _AT[name]] = values
+
     known = rows >= 0
     at = np.where(known, rows, 0)
     if len(catalog) and len(rows):
         impressions, clicks = catalog.column("impressions")[at], catalog.column("clicks")[at]
-        popularity = popularity_at(catalog, at, now_ms, settings)
-        out[:, 0] = np.log1p(impressions)
-        out[:, 1] = np.log1p(clicks)
-        out[:, 2] = (clicks + _PRIOR_IMPRESSIONS * _PRIOR_CTR) / (np.maximum(impressions, clicks) + _PRIOR_IMPRESSIONS)
-        out[:, 3] = np.log1p(popularity[:, 0])
-        out[:, 4] = np.log1p(popularity[:, -1])
-        out[:, 5] = out[:, 3] - out[:, 4]
-        publish_ms = catalog.column("publish_ms")[at]
+        short, long = np.log1p(popularity_at(catalog, at, now_ms, settings)[:, [0, -1]]).T
+        put("log_impressions", np.log1p(impressions))
+        put("log_clicks", np.log1p(clicks))
+        shown = np.maximum(impressions, clicks)
+        put("smoothed_ctr", (clicks + _PRIOR_IMPRESSIONS * _PRIOR_CTR) / (shown + _PRIOR_IMPRESSIONS))
+        put("log_popularity_short", short)
+        put("log_popularity_long", long)
+        put("trend", short - long)
+        publish_ms, years = catalog.column("publish_ms")[at], catalog.column("year")[at]
         age_days = np.maximum(now_ms - publish_ms, 0) / _DAY_MS
-        out[:, 6] = np.where(publish_ms > 0, np.log1p(age_days), 0.0)
-        out[:, 7] = catalog.column("year")[at]
-        out[:, 8] = catalog.column("log_price")[at]
+        put("log_age_days", np.where(publish_ms > 0, np.log1p(age_days), 0.0))
+        put("year", years)
+        put("log_price", log_prices)
         buckets = catalog.column("buckets")[at]
-        for index in (0, -1):
-            out[:, 9 if index == 0 else 10] = affinity_of(state, buckets, index, now_ms, settings)
-        times = history_rows[None, :] == at[:, None]
-        out[:, 11] = np.log1p(times.sum(axis=1))
-        # 1 for the last item, 1/2 for the one before it, ...: people come back to what they have just looked at.
-        out[:, 12] = np.where(times.any(axis=1), 1.0 / (1.0 + times[:, ::-1].argmax(axis=1)), 0.0)
-        out[:, 13] = np.isin(at, session_rows)
-        last = history_rows[-1]
-        if last >= 0:
-            own = catalog.column("buckets")[last]
-            out[:, 14] = (np.isin(buckets, own[own >= 0])).sum(axis=1) / max(1, int((own >= 0).sum()))
-            out[:, 15:17] = _years_apart(out[:, 7], catalog.column("year")[history_rows[history_rows >= 0]])
-        out[~known, :17] = 0.0
-    out[:, 17] = retrieval_scores
-    first = CANDIDATE_FEATURES.index(f"from_{SOURCES[0]}")
-    for bit in range(len(SOURCES)):
-        out[:, first + bit] = (source_bits >> bit) & 1
+        put("affinity_short", affinity_of(state, buckets, 0, now_ms, settings))
+        put("affinity_long", affinity_of(state, buckets, -1, now_ms, settings))
+        put("log_price_in_list", _where_priced(log_prices, context.mean_log_price))
+        put("in_session", np.isin(at, session_rows))
+        there = history.rows >= 0
+        if there.any():
+            touched, seconds = history.rows[there], history.seconds[there]
+            _put_touched(put, at, touched, seconds)
+            own = catalog.column("buckets")[touched[-1]]
+            own = own[own >= 0]
+            put("shared_categories_with_last", np.isin(buckets, own).sum(axis=1) / max(1, len(own)))
+            from_last, from_recent = _years_apart(years, catalog.column("year")[touched])
+            put("log_years_from_last", from_last)
+            put("log_years_from_recent", from_recent)
+            of_history = catalog.column("log_price")[touched[-_RECENT:]]
+            priced = of_history[of_history > 0]
+            if len(priced):
+                put("log_price_from_last", _where_priced(log_prices, of_history[-1]))
+                put("log_price_from_recent", _where_priced(log_prices, priced.mean()))
+        out[~known, :_OF_ITEMS] = 0.0
+    put("retrieval_score", retrieval_scores)
+    if context.score_of_last:
+        put("score_from_last", retrieval_scores - context.score_of_last)
+    for bit, source in enumerate(SOURCES):
+        put(f"from_{source}", (source_bits >> bit) & 1)
     return out
 
 
+def _put_touched(put: Callable[[str, Floats], None], at: Rows, touched: Rows, seconds: npt.NDArray[np.float64]) -> None:
+    """What of the history was of the candidate itself; people come back to what they have just looked at."""
+    put("log_times_in_history", np.log1p((touched == at[:, None]).sum(axis=1)))
+    # Distinct items, newest first, with the newest event on each.
+    _, first = np.unique(touched[::-1], return_index=True)
+    newest = np.sort(first)
+    same = touched[::-1][newest] == at[:, None]
+    ever, place = same.any(axis=1), same.argmax(axis=1)
+    # 1 for the last item, 1/2 for the one before it, ...
+    put("recency_in_history", np.where(ever, 1.0 / (1.0 + place), 0.0))
+    freshness = np.maximum(_FRESHEST - np.log1p(seconds[::-1][newest]), 0.0)
+    put("touch_freshness", np.where(ever, freshness[place], 0.0))
+
+
+def _where_priced(log_prices: Floats, reference: np.float32) -> Floats:
+    """How much dearer than the reference, [C]; 0 where either has no price."""
+    if not reference > 0:
+        return np.zeros(len(log_prices), np.float32)
+    apart: Floats = np.where(log_prices > 0, log_prices - reference, np.float32(0))
+    return apart
+
+
 def _years_apart(years: Floats, of_history: Floats) -> Floats:
-    """From the last item and from the mean of the last ten, [C, 2]; as log(1 + years)."""
-    recent = of_history[-_RECENT_YEARS:]
+    """From the last item and from the mean of the last ten, [2, C]; as log(1 + years)."""
+    recent = of_history[-_RECENT:]
     # The catalogue counts in steps of twenty years.
-    apart: Floats = np.log1p(20 * np.abs(years[:, None] - np.array([[recent[-1], recent.mean()]], np.float32)))
+    apart: Floats = np.log1p(20 * np.abs(years - np.array([[recent[-1]], [recent.mean()]], np.float32)))
     return apart
 
 

@@ -33,7 +33,7 @@ from features.stores.erasures import UnerasedLog
 from features.stores.event_log import EventLog, user_events
 from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, LogTable, from_table
 from features.stores.log_positions import by_source
-from features.vectors import CANDIDATE_FEATURES, SOURCES, ranker_input
+from features.vectors import CANDIDATE_FEATURES, SOURCES, ListContext, ranker_input
 from features.windows import Outcome, Position, UserEvent, UserState
 from headrace.v1.events_pb2 import Item
 from headrace.v1.feature_log_pb2 import LoggedFeatures, StatsRevision, StatsRevisions
@@ -174,12 +174,14 @@ class Rebuilder:
         for entry, digest in zip(state.history, features.history_digests, strict=True):
             self._describe(catalog, entry.item_id, digest)
         places, missing = self._put_items(catalog, features)
-        # These two came with the request.
+        # These came with the request; of the list as a whole only the user's numbers tell.
         candidates = logged.candidates[places]
         scores = candidates[:, _RETRIEVAL_SCORE]
         bits = (candidates[:, _FIRST_SOURCE:].astype(np.int32) << np.arange(len(SOURCES))).sum(axis=1)
         rows = catalog.rows(features.item_ids[place] for place in places)
-        made = ranker_input(state, catalog, rows, scores, bits.astype(np.int32), features.as_of_time_ms, self._settings)
+        context = ListContext.of_features(logged.user)
+        now_ms, bits = features.as_of_time_ms, bits.astype(np.int32)
+        made = ranker_input(state, catalog, rows, scores, bits, now_ms, self._settings, context)
         return Rebuilt(feature_log.numbers_of(made, len(state.history)), places, missing)
 
     def _state(self, answer: LoggedAnswer) -> UserState:

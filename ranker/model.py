@@ -53,6 +53,8 @@ class RankerConfig:
     cross_rank: int = 32
     hidden: tuple[int, ...] = (96, 48)
     dropout: float = 0.1
+    # Of lists, in training, whose categories are not told: those that name a list (its city) are learnt by heart.
+    category_dropout: float = 0.5
     # Positions that have their own bias in training; later ones share the last.
     positions: int = 50
     # Heads that the log had labels for; the others score 0.
@@ -190,6 +192,7 @@ class RankerModel(nn.Module):
         widths = [total, *config.hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout)
+        self.category_dropout = nn.Dropout(config.category_dropout)
         self.heads = nn.Linear(widths[-1] + total, len(HEADS))
         # Of the user's vector's own say, to which the network adds.
         self.sharpness = nn.Parameter(torch.full((1,), FIRST_SHARPNESS))
@@ -274,7 +277,8 @@ class RankerModel(nn.Module):
         ids = embedding(rows + 1, table.categories)
         count = (ids > 0).sum(-1, keepdim=True).clamp(min=1)
         summed: Tensor = self.category(ids).sum(-2)
-        return summed / count
+        mean: Tensor = summed / count
+        return mean * self.category_dropout(mean.new_ones(len(mean), 1, 1)) if self.training else mean
 
     def _attend(self, candidates: Tensor, history: Tensor, batch: RankerBatch) -> Tensor:
         """What of the history speaks to each candidate, [B, C, attention_width]."""

@@ -165,6 +165,8 @@ class Trainer:
         size = len(inputs.users)
         keep = torch.from_numpy((self._rng.random((size, 1)) >= VECTOR_DROPOUT).astype(np.float32))
         blind = torch.from_numpy(self._rng.random(size) < SCORE_DROPOUT)
+        # Without a vector the retrieval score is all that tells of the order: nothing is learnt from its absence.
+        blind &= inputs.has_vector[:, 0] > 0
         inputs.candidates[:, :, _SCORE][blind] = self.model.candidate_mean[_SCORE].cpu()
         return inputs._replace(user_vectors=inputs.user_vectors * keep, has_vector=inputs.has_vector * keep)
 

@@ -7,7 +7,7 @@ from core.settings import load_settings
 from features import item_stats, vectors, windows
 from features.catalog import Catalog
 from features.item_stats import ItemPartial
-from features.vectors import CANDIDATE_FEATURES, SOURCES, USER_FEATURES
+from features.vectors import CANDIDATE_FEATURES, SOURCES, USER_FEATURES, ListContext
 from features.windows import UserEvent, UserState
 from headrace.v1.events_pb2 import Item
 
@@ -81,6 +81,58 @@ def test_what_was_looked_at_last_is_the_most_recent() -> None:
     catalog = catalog_of(*(Item(item_id=name) for name in "abcd"))
     features = inputs(clicked("a", "b", "a", "c"), catalog, ["a", "b", "c", "d", "nobody-knows"])
     assert column(features, "recency_in_history").tolist() == pytest.approx([1 / 2, 1 / 3, 1, 0, 0])
+
+
+def test_an_item_looked_at_often_is_one_step_back_for_the_others() -> None:
+    catalog = catalog_of(*(Item(item_id=name) for name in "ab"))
+    features = inputs(clicked("b", "a", "a", "a"), catalog, ["a", "b"])
+    assert column(features, "recency_in_history").tolist() == [1, 0.5]
+    assert column(features, "log_times_in_history").tolist() == pytest.approx([np.log1p(3), np.log1p(1)])
+
+
+def test_freshness_of_a_touch_falls_with_time_and_never_touched_has_none() -> None:
+    catalog = catalog_of(*(Item(item_id=name) for name in "abc"))
+    last, before, never = column(inputs(clicked("a", "b"), catalog, ["b", "a", "c"]), "touch_freshness")
+    assert last > before > never == 0
+    assert last - before == pytest.approx(np.log1p(120) - np.log1p(60), rel=1e-5)
+
+
+def test_prices_are_told_beside_the_list_and_what_was_looked_at() -> None:
+    catalog = catalog_of(Item(item_id="a", price=9.0), Item(item_id="b", price=99.0), Item(item_id="free"))
+    features = inputs(clicked("b", "free", "a"), catalog, ["a", "b", "free"])
+    ten, hundred = np.log(10.0), np.log(100.0)
+    mean = (ten + hundred) / 2
+    assert features.user[USER_FEATURES.index("mean_log_price_of_list")] == pytest.approx(mean)
+    assert column(features, "log_price_in_list").tolist() == pytest.approx([ten - mean, hundred - mean, 0], rel=1e-5)
+    assert column(features, "log_price_from_last").tolist() == pytest.approx([0, hundred - ten, 0], rel=1e-5)
+    assert column(features, "log_price_from_recent").tolist() == pytest.approx(
+        [ten - mean, hundred - mean, 0], rel=1e-5
+    )
+
+
+def test_scores_are_told_beside_that_of_the_last_item_where_it_is_in_the_list() -> None:
+    catalog = catalog_of(*(Item(item_id=name) for name in "abc"))
+    features = inputs(clicked("b"), catalog, ["a", "b"], scores=[0.75, 0.5])
+    assert column(features, "score_from_last").tolist() == [0.25, 0]
+    assert not column(inputs(clicked("c"), catalog, ["a", "b"], scores=[0.75, 0.5]), "score_from_last").any()
+
+
+def test_a_part_of_a_list_has_the_features_it_had_in_the_whole() -> None:
+    catalog = catalog_of(*(Item(item_id=name, price=n + 1.0) for n, name in enumerate("abcd")))
+    state, ids, scores = clicked("b", "d"), ["a", "b", "c", "d"], np.array([0.9, 0.8, 0.7, 0.6], np.float32)
+    whole = inputs(state, catalog, ids, scores)
+    part = vectors.ranker_input(
+        state,
+        catalog,
+        catalog.rows(["c", "a"]),
+        scores[[2, 0]],
+        np.zeros(2, np.int32),
+        NOW_MS,
+        FEATURES,
+        ListContext.of_features(whole.user),
+    )
+    assert part.candidates.tobytes() == whole.candidates[[2, 0]].tobytes()
+    assert part.user.tobytes() == whole.user.tobytes()
 
 
 def test_source_bits_and_scores_land_in_their_columns() -> None:

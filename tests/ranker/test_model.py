@@ -11,7 +11,7 @@ import torch
 from core.bundle import RANKER, RANKER_CONFIG
 from core.errors import ArtifactError
 from features.catalog import Catalog
-from features.vectors import RankerInput
+from features.vectors import USER_FEATURES, RankerInput
 from features.windows import UserState
 from ranker.calibration import Calibration
 from ranker.model import ItemTable, RankerConfig, RankerModel, load_ranker, save_ranker
@@ -143,7 +143,7 @@ def test_vectors_with_gaps_are_read_as_none() -> None:
 
 
 def test_the_scale_comes_from_the_rows(scorer: Scorer) -> None:
-    users, candidates = torch.rand(50, 6) * 4, torch.rand(80, scorer.model.candidate_mean.shape[0])
+    users, candidates = torch.rand(50, len(USER_FEATURES)) * 4, torch.rand(80, scorer.model.candidate_mean.shape[0])
     candidates[:, 3] = 2.0
     scorer.model.set_scale(users, candidates)
     torch.testing.assert_close(scorer.model.user_mean, users.mean(0))
