@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+import hypothesis
 import pytest
 from confluent_kafka.admin import AdminClient
 
@@ -37,6 +38,10 @@ from streams.reader import BatchReader
 from streams.rows import Rows
 from streams.sink import EventLogSink
 from tests.redis_servers import Cluster, RedisServer, redis_cluster, single_redis, wait_until
+
+# Properties are about what comes out; how long an example takes is a matter of what else the machine does.
+hypothesis.settings.register_profile("headrace", deadline=None)
+hypothesis.settings.load_profile("headrace")
 
 _NUMBERS = itertools.count()
 

@@ -266,7 +266,7 @@ def drawn(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
     """Examples; hypothesis and the event loop do not mix."""
     examples: list[Any] = []
 
-    @settings(max_examples=count, derandomize=True, database=None, deadline=None)
+    @settings(max_examples=count, derandomize=True, database=None)
     @given(strategy)
     def draw(example: Any) -> None:
         examples.append(example)

@@ -89,7 +89,7 @@ steps = st.lists(
 
 
 @given(steps, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_delivery_of_the_same_messages_gives_the_pairs_of_the_definition(
     chosen: list[tuple[int, int, int, str]], data: st.DataObject
 ) -> None:
@@ -110,7 +110,7 @@ def test_any_delivery_of_the_same_messages_gives_the_pairs_of_the_definition(
 
 
 @given(steps, st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_duplicates_and_late_events_change_nothing(chosen: list[tuple[int, int, int, str]], random: object) -> None:
     events = [event(number, user, item, T0_MS + ms, kind) for number, (user, item, ms, kind) in enumerate(chosen)]
     shuffled = [*events, *events]

@@ -137,12 +137,12 @@ class ListsMachine(IndexMachine):
 
 TestExactIndex = IndexMachine.TestCase
 TestIndexWithLists = ListsMachine.TestCase
-TestExactIndex.settings = hypothesis_settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestIndexWithLists.settings = hypothesis_settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestExactIndex.settings = hypothesis_settings(max_examples=40, stateful_step_count=30)
+TestIndexWithLists.settings = hypothesis_settings(max_examples=40, stateful_step_count=30)
 
 
 @given(seed=st.integers(0, 10_000), rounds=st.integers(1, 4))
-@hypothesis_settings(max_examples=8, deadline=None)
+@hypothesis_settings(max_examples=8)
 def test_recall_holds_through_any_turnover(seed: int, rounds: int) -> None:
     """A third of the items replaced, removed or added, again and again, with rebuilds and without."""
     rng = np.random.default_rng(seed)

@@ -45,7 +45,7 @@ def test_the_weights_behind_the_choices_are_found() -> None:
     assert sum(found.values()) == pytest.approx(1.0, abs=0.001)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.floats(0.1, 20))
 def test_weights_are_shares_whatever_was_chosen(seed, sharp) -> None:
     found = fit_weights(choices_by({"a": 1.0, "b": -1.0}, count=40, seed=seed, sharp=sharp), ["a", "b", "missing"])

@@ -71,7 +71,7 @@ def messages(kind: type[Message]) -> st.SearchStrategy[Message]:
 
 
 @pytest.mark.parametrize("table", LOG_TABLES, ids=lambda table: table.name)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_message_to_row_to_message_is_the_identity(table: LogTable, data: st.DataObject) -> None:
     written = data.draw(st.lists(messages(table.message), max_size=4))
