@@ -51,6 +51,7 @@ _CPU = torch.device("cpu")
 _QUICK = {"max_epochs": 3, "ranker_epochs": 2, "ranker_max_rows": 30_000, "refit_epochs": 1}
 _LISTS, _QUICK_LISTS = 2000, 200
 _ROUNDS, _QUICK_ROUNDS, _KEEP_ROUNDS = 400, 100, 60
+_TURN = 20
 _KEEPS = (250, 200, 175, 150, 125, 100, 75, 50, 25)
 TEACHER, STUDENT, LIGHT = "full network (teacher)", "student", "light scorer alone"
 
@@ -217,13 +218,12 @@ def _timed_input(tested: Sequence[Row]) -> tuple[RankerInput, Floats | None]:
 
 
 def times_ms(ways: Mapping[str, Way], one: RankerInput, vector: Floats | None, rounds: int) -> dict[str, float]:
-    """p50 of a call, the ways taking turns."""
+    """p50 of a call; the ways take turns of some calls each, of which the first find other ways' data in the caches."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(-10, rounds):
+    for _ in range(max(1, rounds // _TURN)):
         for name, way in ways.items():
-            took = _timed(lambda way=way: way.scores(one, vector))  # type: ignore[misc]
-            if number >= 0:
-                times[name].append(took)
+            took = [_timed(lambda way=way: way.scores(one, vector)) for _ in range(_TURN)]  # type: ignore[misc]
+            times[name].extend(took[_TURN // 4 :])
     return {name: float(np.median(taken)) for name, taken in times.items()}
 
 

@@ -126,22 +126,20 @@ class Scorer:
         is_padding = np.arange(logits.shape[1]) >= counts[:, None]
         first_guess = np.where(is_padding, -np.inf, logits[:, :, CLICK])
         kept = np.argpartition(-first_guess, keep - 1, axis=1)[:, :keep]
-        places = torch.from_numpy(kept)
+        places = (np.arange(len(group))[:, None], kept)
         fewer = batch._replace(
-            candidate_rows=batch.candidate_rows.gather(1, places),
-            candidates=torch.take_along_dim(batch.candidates, places.unsqueeze(2), 1),
+            candidate_rows=torch.from_numpy(batch.candidate_rows.numpy()[places]),
+            candidates=torch.from_numpy(batch.candidates.numpy()[places]),
         )
-        np.put_along_axis(logits, kept[:, :, None], self.network.logits(fewer, self.table), 1)
+        logits[places] = self.network.logits(fewer, self.table)
         cut = np.ones(logits.shape[:2], np.bool_)
-        np.put_along_axis(cut, kept, False, 1)  # noqa: FBT003 - numpy's signature
+        cut[places] = False
         return logits, cut
 
     def _finish(self, one: RankerInput, logits: Floats, vector: Floats | None) -> Scores:
-        finite = np.isfinite(logits)
-        replaced = int(logits.size - finite.sum()) + int(one.candidates.size - np.isfinite(one.candidates).sum())
-        replaced += int(one.user.size - np.isfinite(one.user).sum())
-        replaced += 0 if vector is None else int(vector.size - np.isfinite(vector).sum())
-        logits = np.where(finite, logits, np.float32(-20.0))
+        replaced = sum(_not_finite(part) for part in (logits, one.candidates, one.user, vector) if part is not None)
+        if replaced:
+            logits = np.where(np.isfinite(logits), logits, np.float32(-20.0))
         zeros = np.zeros(len(logits), np.float32)
         click, conversion, value = (
             self._calibration[head](logits[:, head]) if self._trained[head] else zeros
@@ -181,9 +179,13 @@ def _below(made: Scores, cut: Mask) -> Scores:
     )
 
 
+def _not_finite(values: Floats) -> int:
+    return values.size - int(np.count_nonzero(np.isfinite(values)))
+
+
 def _support(one: RankerInput) -> Floats:
     """Clicks that each candidate's statistics stand for, [C]; a click says as much of an item as ten impressions do."""
-    counted = np.expm1(np.nan_to_num(one.candidates[:, [_IMPRESSIONS, _CLICKS]], posinf=0.0, neginf=0.0).clip(0, 20))
+    counted = np.expm1(_finite(one.candidates[:, [_IMPRESSIONS, _CLICKS]]).clip(0, 20))
     support: Floats = counted[:, 1] + np.float32(0.1) * counted[:, 0]
     return support
 
@@ -219,7 +221,12 @@ def collate(
 
 def _bounded(values: Floats) -> Floats:
     """Weights and ages as training saw them: finite, and no larger than any that makes sense."""
-    return np.nan_to_num(values, posinf=0.0, neginf=0.0).clip(-_MOST_WEIGHT, _MOST_WEIGHT)
+    return _finite(values).clip(-_MOST_WEIGHT, _MOST_WEIGHT)
+
+
+def _finite(values: Floats) -> Floats:
+    """The same with 0 for what is not finite; looked at first, for that costs a fifth of replacing."""
+    return values if np.isfinite(values).all() else np.nan_to_num(values, posinf=0.0, neginf=0.0)
 
 
 _NOTHING: Floats = np.zeros(0, np.float32)
