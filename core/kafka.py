@@ -86,7 +86,7 @@ def gathering(settings: KafkaSettings, gather_ms: float) -> dict[str, int]:
     """What a consumer is told so that the broker lets records come together for so long (0: each at once)."""
     if not gather_ms:
         return {"fetch.wait.max.ms": settings.fetch_wait_max_ms}
-    return {"fetch.wait.max.ms": min(int(gather_ms), settings.fetch_wait_max_ms), "fetch.min.bytes": _GATHER_BYTES}
+    return {"fetch.wait.max.ms": int(gather_ms), "fetch.min.bytes": _GATHER_BYTES}
 
 
 class KafkaProducer:

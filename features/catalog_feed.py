@@ -16,6 +16,9 @@ from core.settings import Settings
 from core.topics import Topics
 from headrace.v1.events_pb2 import Item, ItemStats
 
+# News of items may come so much later, together.
+_GATHER_MS = 100
+
 
 class CatalogTarget(Protocol):
     """What follows the topics."""
@@ -50,7 +53,9 @@ class CatalogFeed(TopicFeed):
         self._target, self._on_applied = target, on_applied
         self._topics = Topics(settings.kafka.topic_prefix)
         followed = (self._topics.items, self._topics.item_stats)
-        super().__init__(settings.kafka, followed, _start_offsets(manifest, settings), on_malformed, clock)
+        super().__init__(
+            settings.kafka, followed, _start_offsets(manifest, settings), on_malformed, clock, gather_ms=_GATHER_MS
+        )
 
     def apply_one(self, record: Record) -> None:
         apply_record(record, self._topics, self._target)

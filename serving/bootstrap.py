@@ -54,9 +54,11 @@ class Memory(Protocol):
 
 SERVICES = ("headrace.v1.RecommenderService", "headrace.v1.IngestService")
 DEPENDENCIES = ("redis", "candidate", "ranker", "kafka")
-# Impressions may wait for company; an ingested event may not.
-_IMPRESSION_LINGER_MS = 20
+# Impressions wait for company: their statistics are counted together. An ingested event does not.
+_IMPRESSION_LINGER_MS = 200
 _WARM_UPS = 3
+# An erased user may be remembered so much longer.
+_ERASURE_GATHER_MS = 100
 
 
 async def serve(settings: Settings, process: Process) -> None:
@@ -153,7 +155,7 @@ def _follow_tombstones(settings: Settings, topics: Topics, memories: Sequence[Me
             for memory in memories:
                 loop.call_soon_threadsafe(memory.forget, erased)
 
-    follower = TopicFollower(settings.kafka, (topics.users,), forget, from_end=True)
+    follower = TopicFollower(settings.kafka, (topics.users,), forget, from_end=True, gather_ms=_ERASURE_GATHER_MS)
     follower.start()
     return follower
 

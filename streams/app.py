@@ -30,6 +30,9 @@ _log = get_logger("streams.app")
 
 # What Faust asks brokers for, with no setting for it.
 _FAUST_FETCH_WAIT_MS = 1500
+# What users and items are like changes seldom, and may take so long to be heard of; a fetch each few milliseconds costs
+# a tenth of a core.
+_QUIET_FETCH_WAIT_MS = 100
 _TAKE, _TAKE_SECONDS = 500, 0.1
 _ATTEMPTS = 3
 _BACKOFF_SECONDS = 0.5
@@ -144,7 +147,7 @@ def make_app(settings: Settings, topics: dict[str, QuietTopic], parts: Sequence[
         parts: what has threads of its own (`start`, `stop`), in the order to start it.
         folder: where Faust may keep what it wants to keep.
     """
-    _shorten_fetch_wait(settings.kafka.fetch_wait_max_ms)
+    _shorten_fetch_wait(max(settings.kafka.fetch_wait_max_ms, _QUIET_FETCH_WAIT_MS))
     header_names.install()
     # Crashes and rebalances go to our log; the rest of its lines would be news to nobody.
     logging.getLogger("faust").setLevel(logging.ERROR)
