@@ -63,6 +63,11 @@ class Budget:
         return self.deadline.capped_ms(max(self.deadline.remaining_ms() / 2, 0.0))
 
     @property
+    def last_call(self) -> Deadline:
+        """When to stop waiting for any stage: each has its end before, but on a full machine none is told in time."""
+        return self.deadline.minus_ms(self._of("margin") * self.scale / 2)
+
+    @property
     def is_short(self) -> bool:
         """Whether the caller gave notably less than the nominal time."""
         return self.scale < _SHORT_SCALE

@@ -7,7 +7,6 @@ for its handler (the others are answered from the lower rungs). Invariant: pure 
 slow costs quality, never admission, for the loop of a process that waits is never late.
 """
 
-import math
 import os
 from collections import deque
 
@@ -26,6 +25,10 @@ LEAST_QUALITY = 0.2
 # How late the loop may be. An answer takes some ten of its turns, and is to be ready in a fraction of its time.
 _LATE_MS, _PUNCTUAL_MS = 10.0, 4.0
 _LESS, _MORE = 0.7, 1.25
+# Past the limit at which things were late lately it grows by so much, which is ten requests in four seconds.
+_STEP = 0.25
+# Decisions for which a refusal counts as pressure.
+_PRESSED_DECISIONS = 10
 _LEAST_LIMIT = 4
 # Requests at once, for each core, that are let in before it is known how the machine takes them.
 _FIRST_PER_CORE = 4
@@ -52,14 +55,29 @@ class LoadControl:
         # How late the loop was lately.
         self.lag_ms = 0.0
         # Follows what is asked for, not too quickly: a sudden crowd that was let in would all be late.
-        self.limit = self._first
+        self._limit = float(self._first)
+        # Where things were late lately.
+        self._ceiling = float(limit_max)
+        self._pressure = 0.0
+        self._pressed = 0
         # 1 = as many candidates as the settings say, down to LEAST_QUALITY of them.
         self.quality = 1.0
+
+    @property
+    def limit(self) -> int:
+        """Requests at once that may go through all stages."""
+        return int(self._limit)
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether requests were refused within the last second."""
+        return self._pressed > 0
 
     def enter(self) -> bool:
         """Whether one more request may go through all stages; if so, `leave` is to be called after it."""
         if self._active >= self.limit:
             self._peak = max(self._peak, self._active + 1)
+            self._pressed = _PRESSED_DECISIONS
             return False
         self._active += 1
         self._peak = max(self._peak, self._active)
@@ -84,7 +102,7 @@ class LoadControl:
 
     def _decide_quality(self) -> None:
         if len(self._shares) >= _LEAST_ANSWERS:
-            pressure = float(np.percentile(self._shares, 95))
+            pressure = self._pressure = float(np.percentile(self._shares, 95))
             self._shares.clear()
             if pressure > _BUSY:
                 self.quality = max(LEAST_QUALITY, self.quality * _DOWN)
@@ -94,15 +112,20 @@ class LoadControl:
         elif self._active:
             return
         # At ease, or nothing to do at all.
+        self._pressure = 0.0
         self.quality = min(1.0, self.quality + _UP)
 
     def _decide_limit(self) -> None:
+        self._pressed = max(0, self._pressed - 1)
         if self.lag_ms > _LATE_MS:
             # From what there was at most: a limit that nobody comes near limits nothing.
-            self.limit = max(min(_LEAST_LIMIT, self._limit_max), int(min(self.limit, self._peak) * _LESS))
+            self._limit = max(min(_LEAST_LIMIT, self._limit_max), min(self._limit, self._peak) * _LESS)
+            self._ceiling = self._limit
         elif self.lag_ms < _PUNCTUAL_MS:
-            if self._peak > self.limit:
-                self.limit = min(self._limit_max, math.ceil(self.limit * _MORE))
-            else:
+            if self._peak <= self._limit:
                 # What was right for a crowd is not for the next one, after a pause.
-                self.limit = max(min(self.limit, 2 * self._peak), min(self.limit + 1, self._first))
+                self._limit = max(min(self._limit, 2 * self._peak), min(self._limit + 1, self._first))
+                self._ceiling = self._limit_max
+            elif self._pressure < _BUSY:
+                more = self._limit * _MORE if self._limit < self._ceiling else self._limit + _STEP
+                self._limit = min(self._limit_max, more)

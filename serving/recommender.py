@@ -35,8 +35,8 @@ _log = get_logger("recommender")
 _RECENT = 1000
 # How often it is looked how late the event loop is.
 _TICK_SECONDS = 0.01
-# Turns of the event loop (or of the scheduler) between the end of the stages and the caller.
-_TURNS_OUT = 2
+# Of the time given, what the stages have while requests are shed.
+_PRESSED_SHARE = 0.6
 # Candidates below which the sources could not even fill a long answer.
 _LEAST_CANDIDATES = 50
 # With less time than this nobody is asked: one hop to another process and back takes 1 ms at best.
@@ -77,8 +77,9 @@ class Recommender:
         check_recommend(request, now_ms, field_prefix)
         if not request.tokens:
             deadline = deadline.capped_ms(self._settings.deadline_ms)
-        # The way out is as late as the way in, and so is the last turn of the loop.
-        deadline = deadline.minus_ms(min(_TURNS_OUT * self.load.lag_ms, deadline.remaining_ms() / 2))
+        if self.load.is_pressed:
+            # On a full machine everything takes longer than it seems, the way back to the caller as well.
+            deadline = deadline.capped_ms(_PRESSED_SHARE * deadline.remaining_ms())
         query = self._query(request, deadline, now_ms, probe_item_id, field_prefix)
         response = await self._answer(query)
         self._observe(query, response, (self._clock.monotonic() - start) * 1000)
@@ -136,7 +137,11 @@ class Recommender:
             query.trace.degrade(types.DEGRADED_REASON_OVERLOADED)
             return self._pipeline.recommend_from_ladder(query)
         try:
-            return await self._pipeline.recommend(query)
+            async with asyncio.timeout(query.budget.last_call.remaining_seconds()):
+                return await self._pipeline.recommend(query)
+        except TimeoutError:
+            query.trace.degrade(types.DEGRADED_REASON_OVERLOADED)
+            return self._pipeline.recommend_from_ladder(query)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - never empty: a bug costs quality, not the answer

@@ -35,6 +35,12 @@ def test_a_shorter_deadline_scales_them_all() -> None:
     assert not budget_of(50, ManualClock()).is_fair
 
 
+@given(st.floats(1, 10_000))
+def test_nothing_is_waited_for_past_the_end_of_its_stage_and_half_of_the_margin(given_ms) -> None:
+    budget = budget_of(given_ms, ManualClock())
+    assert budget.stage("rank").at <= budget.last_call.at < budget.deadline.at
+
+
 def test_time_left_over_goes_to_the_next_stage() -> None:
     clock = ManualClock()
     budget = budget_of(250, clock)

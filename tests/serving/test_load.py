@@ -1,10 +1,37 @@
 """Quality and admission under pressure: what falls first, what comes back, what never falls."""
 
+import asyncio
+from types import SimpleNamespace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.clock import ManualClock
+from core.clock import ManualClock, SystemClock
+from core.deadline import Deadline
+from core.settings import load_settings
+from headrace.v1 import types_pb2 as types
+from headrace.v1.recommender_service_pb2 import RecommendRequest, RecommendResponse
 from serving.load import LEAST_QUALITY, LoadControl
+from serving.recommender import Recommender
+
+
+class Stuck:
+    """A pipeline whose stages hear of no deadline."""
+
+    async def recommend(self, query):
+        await asyncio.sleep(60)
+
+    def recommend_from_ladder(self, query):
+        return RecommendResponse(degraded_reasons=query.trace.reasons)
+
+
+async def test_stages_that_end_too_late_are_not_waited_for() -> None:
+    releases = SimpleNamespace(current=SimpleNamespace(catalog=None))
+    recommender = Recommender(Stuck(), releases, load_settings().serving, SystemClock())
+    deadline = Deadline.after_ms(1000)
+    answered = await recommender.recommend(RecommendRequest(user_id="ada"), deadline)
+    assert answered.response.degraded_reasons == [types.DEGRADED_REASON_OVERLOADED]
+    assert not deadline.expired()
 
 
 def run(load, clock, rounds, at_once=1, share=0.1, late_ms=0.0) -> int:
@@ -74,8 +101,11 @@ def test_a_late_loop_lowers_the_limit_and_a_punctual_one_raises_it() -> None:
     assert [load.enter() for _ in range(10)].count(True) == 4
     for _ in range(4):
         load.leave(10, 250)
-    run(load, clock, 400, at_once=64)
-    assert load.limit == 64
+    run(load, clock, 50, at_once=64)
+    assert 4 < load.limit < 8, "where things were late it goes slowly"
+    run(load, clock, 400, at_once=8)
+    run(load, clock, 100, at_once=64)
+    assert load.limit == 64, "when that crowd has gone, another is met as the first was"
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 300), st.floats(0, 1000)), max_size=60))
