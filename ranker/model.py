@@ -54,7 +54,7 @@ class RankerConfig:
     hidden: tuple[int, ...] = (96, 48)
     dropout: float = 0.1
     # Of lists, in training, whose categories are not told: those that name a list (its city) are learnt by heart.
-    category_dropout: float = 0.5
+    category_dropout: float = 0.25
     # Positions that have their own bias in training; later ones share the last.
     positions: int = 50
     # Heads that the log had labels for; the others score 0.

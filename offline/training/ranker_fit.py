@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from core.settings import Settings
 from features.catalog import Floats, Rows
-from features.vectors import CANDIDATE_FEATURES
+from features.vectors import CANDIDATE_FEATURES, USER_FEATURES
 from offline.reporting import Reporter
 from offline.training.ranker_distil import MORE_EPOCHS, Teacher
 from offline.training.ranker_rows import Row
@@ -37,7 +37,8 @@ VECTOR_DROPOUT, SCORE_DROPOUT = 0.1, 0.3
 LEAST_LABELS = 50
 # Lists that the scale of similarities is taken from.
 _SCALE_LISTS = 500
-_SCORE = CANDIDATE_FEATURES.index("retrieval_score")
+_SCORES = tuple(map(CANDIDATE_FEATURES.index, ("retrieval_score", "score_from_last")))
+_SCORE_OF_LAST = USER_FEATURES.index("score_of_last")
 
 
 class Split(NamedTuple):
@@ -165,9 +166,9 @@ class Trainer:
         size = len(inputs.users)
         keep = torch.from_numpy((self._rng.random((size, 1)) >= VECTOR_DROPOUT).astype(np.float32))
         blind = torch.from_numpy(self._rng.random(size) < SCORE_DROPOUT)
-        # Without a vector the retrieval score is all that tells of the order: nothing is learnt from its absence.
-        blind &= inputs.has_vector[:, 0] > 0
-        inputs.candidates[:, :, _SCORE][blind] = self.model.candidate_mean[_SCORE].cpu()
+        for column in _SCORES:
+            inputs.candidates[:, :, column][blind] = self.model.candidate_mean[column].cpu()
+        inputs.users[:, _SCORE_OF_LAST][blind] = self.model.user_mean[_SCORE_OF_LAST].cpu()
         return inputs._replace(user_vectors=inputs.user_vectors * keep, has_vector=inputs.has_vector * keep)
 
     def _loss(self, model: nn.Module, batch: "_Batch", *, learning: bool = True) -> Tensor:

@@ -54,7 +54,7 @@ TASTES, ITEMS_PER_TASTE, DIMENSION = 4, 15, 16
 
 @pytest.fixture(scope="module")
 def small() -> Settings:
-    return load_settings(overrides={"offline": {"ranker_epochs": 6, "ranker_max_rows": 20_000}})
+    return load_settings(overrides={"offline": {"seed": 3, "ranker_epochs": 6, "ranker_max_rows": 20_000}})
 
 
 class TestQuestions:
