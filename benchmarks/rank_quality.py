@@ -75,7 +75,7 @@ def _one_seed(log: Path, work: Path, seed: int, *, quick: bool) -> dict[str, flo
 
 
 def trivago(log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    settings: Settings = load_settings(overrides={"offline": {"ranker_epochs": 2 if arguments.quick else 6}})
+    settings: Settings = load_settings(overrides={"offline": {"ranker_epochs": 1}})
     return TrivagoRanker(EventLog(log), settings, quick=arguments.quick).run(arguments.seeds)
 
 
