@@ -113,6 +113,13 @@ class _History(NamedTuple):
     weights: Floats
     # How long ago.
     seconds: npt.NDArray[np.float64]
+    # Which entries are of items that the catalogue knows.
+    known: npt.NDArray[np.bool_]
+
+    @property
+    def touched(self) -> Rows:
+        """Rows [T] of the known items, newest last."""
+        return self.rows[self.known]
 
 
 def ranker_input(
@@ -145,7 +152,7 @@ def ranker_input(
     if log_prices is None:
         log_prices = _log_prices(catalog, candidate_rows)
     if context is None:
-        context = _context(candidate_rows, log_prices, retrieval_scores, history.rows)
+        context = _context(candidate_rows, log_prices, retrieval_scores, history.touched)
     return RankerInput(
         history.rows,
         history.weights,
@@ -179,7 +186,7 @@ def _history(state: UserState, catalog: Catalog, now_ms: int, settings: Features
         weights[-count:] = [engagement_weight(e.kind, e.value, 1.0, settings) for e in state.history]
         elapsed_ms = np.array([now_ms - entry.time_ms for entry in state.history], np.float64)
         seconds[-count:] = np.maximum(elapsed_ms, 0) / 1000
-    return _History(rows, weights, seconds)
+    return _History(rows, weights, seconds, rows >= 0)
 
 
 def _log_prices(catalog: Catalog, rows: Rows) -> Floats:
@@ -190,13 +197,12 @@ def _log_prices(catalog: Catalog, rows: Rows) -> Floats:
     return prices
 
 
-def _context(rows: Rows, log_prices: Floats, retrieval_scores: Floats, history_rows: Rows) -> ListContext:
+def _context(rows: Rows, log_prices: Floats, retrieval_scores: Floats, touched: Rows) -> ListContext:
     priced = log_prices[log_prices > 0]
-    touched = history_rows[history_rows >= 0]
-    last = np.flatnonzero(rows == touched[-1]) if len(touched) else touched
+    of_last = retrieval_scores[rows == touched[-1]] if len(touched) else retrieval_scores[:0]
     return ListContext(
         np.float32(priced.mean(dtype=np.float64)) if len(priced) else np.float32(0),
-        np.float32(retrieval_scores[last[0]]) if len(last) else np.float32(0),
+        np.float32(of_last[0]) if len(of_last) else np.float32(0),
     )
 
 
@@ -257,10 +263,9 @@ def _candidates(
         put("affinity_long", affinity_of(state, buckets, -1, now_ms, settings))
         put("log_price_in_list", _where_priced(log_prices, context.mean_log_price))
         put("in_session", np.isin(at, session_rows))
-        there = history.rows >= 0
-        if there.any():
-            touched, seconds = history.rows[there], history.seconds[there]
-            _put_touched(put, at, touched, seconds)
+        touched = history.touched
+        if len(touched):
+            _put_touched(put, at, touched, history.seconds[history.known])
             own = catalog.column("buckets")[touched[-1]]
             own = own[own >= 0]
             put("shared_categories_with_last", np.isin(buckets, own).sum(axis=1) / max(1, len(own)))

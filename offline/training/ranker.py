@@ -27,8 +27,7 @@ from headrace.v1.events_pb2 import Item
 from offline.replay import Entry, read_entries
 from offline.reporting import Reporter
 from offline.training.ranker_candidates import CandidateSources
-from offline.training.ranker_distil import LIGHT as LIGHT_SHAPE
-from offline.training.ranker_distil import STUDENT, without_tastes
+from offline.training.ranker_distil import LIGHT_SHAPE, STUDENT_SHAPE, without_tastes
 from offline.training.ranker_fit import Split, Trainer
 from offline.training.ranker_quality import calibrate, order
 from offline.training.ranker_questions import Question, questions_of
@@ -109,7 +108,7 @@ def train_ranker(
     epochs = trainer.run(reporter)
     if offline.ranker_student:
         teacher = trainer.model
-        trainer = make(STUDENT, teacher)
+        trainer = make(STUDENT_SHAPE, teacher)
         epochs = trainer.run(reporter)
     lighter = make(LIGHT_SHAPE, trainer.model)
     lighter.run(reporter)

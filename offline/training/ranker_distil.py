@@ -5,7 +5,7 @@ count the teacher's opinion by `offline.teacher_share`. Source: Hinton et al., "
 Network", 2015. Invariant: a teacher's opinion changes targets only, never what is held out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from ranker.model import RankerBatch, RankerConfig, RankerModel, Tables
 
 # Reads the history by its similarities alone.
-STUDENT = partial(RankerConfig, attention_width=0, cross_layers=0, item_width=0, category_width=0, hidden=(64,))
-LIGHT = partial(STUDENT, hidden=(16,), user_width=8, reads_history=False)
+STUDENT_SHAPE = partial(RankerConfig, attention_width=0, cross_layers=0, item_width=0, category_width=0, hidden=(64,))
+LIGHT_SHAPE = partial(STUDENT_SHAPE, hidden=(16,), user_width=8, reads_history=False)
 # Times as many epochs as the teacher's: a step costs less, and opinions are not as soon learnt by heart as labels are.
 MORE_EPOCHS = 2
 
@@ -48,7 +48,6 @@ class Teacher:
 
 def without_tastes(model: RankerModel) -> RankerModel:
     """The same without its copy of the items' tastes: beside another ranker it reads that one's table."""
-    config = RankerConfig(**{**model.config.__dict__, "items": 0})
-    bare = RankerModel(config).eval()
+    bare = RankerModel(replace(model.config, items=0)).eval()
     bare.load_state_dict({**model.state_dict(), "tastes": bare.tastes})
     return bare

@@ -37,7 +37,7 @@ from offline.training.ranker_candidates import (
     Pool,
     draw,
 )
-from offline.training.ranker_distil import STUDENT, Teacher
+from offline.training.ranker_distil import STUDENT_SHAPE, Teacher
 from offline.training.ranker_quality import auc, ndcg
 from offline.training.ranker_questions import Question, questions_of
 from offline.training.ranker_rows import RowMaker
@@ -257,7 +257,7 @@ def test_a_teachers_opinion_is_mixed_into_known_targets_alone() -> None:
 
 def test_a_student_begins_with_the_parts_that_fit() -> None:
     torch.manual_seed(0)
-    full, student = RankerModel(RankerConfig(DIMENSION)), RankerModel(STUDENT(DIMENSION))
+    full, student = RankerModel(RankerConfig(DIMENSION)), RankerModel(STUDENT_SHAPE(DIMENSION))
     Teacher(full, 0.5).start(student)
     torch.testing.assert_close(student.user.weight, full.user.weight)
     assert not student.heads.weight.any()

@@ -20,7 +20,7 @@ from features.vectors import RankerInput
 from features.windows import UserState
 from headrace.v1.ranker_service_pb2 import RankCandidatesRequest, UserCandidates
 from offline.export import write_form
-from offline.training.ranker_distil import LIGHT as LIGHT_SHAPE
+from offline.training.ranker_distil import LIGHT_SHAPE
 from ranker.cascade import Cascade
 from ranker.forms import ONNX, TorchNetwork
 from ranker.model import LIGHT, RankerModel, load_ranker, save_ranker
