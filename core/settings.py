@@ -102,6 +102,7 @@ class StreamsSettings(_Section):
     dirty_users_max: Positive
     sweep_interval_seconds: Annotated[int, Field(ge=0)]
     stats_broadcast_interval_ms: Positive
+    shown_broadcast_interval_ms: Positive
     popularity_interval_ms: Positive
     removed_item_keep_seconds: Positive
     stall_timeout_ms: Positive

@@ -149,23 +149,29 @@ class Catalog:
     def _put_partial(self, item_id: str, source_partition: int, partial: ItemPartial) -> int:
         row = self._row_for(item_id)
         by_partition = self._partials.setdefault(row, {})
+        before = by_partition.get(source_partition)
         by_partition[source_partition] = partial
         # What the columns need of `item_stats.add_up`, at half its cost: each replica does this for each row.
         partials, columns = list(by_partition.values()), self._columns
         kinds = [partial.kinds for partial in partials]
         columns["impressions"][row] = _count(kinds, "impression")
-        columns["clicks"][row] = sum(_count(kinds, kind) for kind in self._clicks)
+        columns["clicks"][row] = sum([_count(kinds, kind) for kind in self._clicks])
+        columns["stats_revision"][row] = sum([partial.revision for partial in partials])
+        if before is None or before.popularity != partial.popularity or before.segments != partial.segments:
+            # Most rows come because an item was shown once more.
+            self._put_popularity(row, partials)
+        self.revision += 1
+        return row
+
+    def _put_popularity(self, row: int, partials: list[ItemPartial]) -> None:
         popularity = item_stats.add_up_popularity(partials)
-        columns["log2_popularity"][row] = [
+        self._columns["log2_popularity"][row] = [
             math.log2(decayed_sum) + landmark if decayed_sum > 0 else -math.inf
             for landmark, decayed_sum in popularity or self._unknown_popularity
         ]
         for segment, (landmark, decayed_sum) in item_stats.add_up_segments(partials).items():
             if decayed_sum > 0:
                 self._segments.setdefault(segment, {})[row] = math.log2(decayed_sum) + landmark
-        columns["stats_revision"][row] = sum([partial.revision for partial in partials])
-        self.revision += 1
-        return row
 
     def stats(self, row: int) -> ItemPartial:
         """The added-up statistics of an item."""

@@ -8,7 +8,7 @@ a full queue or disk costs records, never an answer.
 import shutil
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class AnswerLog:
     def __init__(self, folder: Path | None, max_mb: int) -> None:
         self._folder = folder / _FOLDER if folder is not None and max_mb > 0 else None
         self._file_bytes = max_mb * 1024 * 1024 // _FILES
-        self._queue: deque[AnswerRecord] = deque()
+        self._queue: deque[Callable[[], AnswerRecord]] = deque()
         self._closing = threading.Event()
         self._places: OrderedDict[str, _Place] = OrderedDict()
         self._erased: OrderedDict[str, None] = OrderedDict()
@@ -63,10 +63,10 @@ class AnswerLog:
     def is_kept(self) -> bool:
         return self._folder is not None
 
-    def keep(self, record: AnswerRecord) -> None:
-        """Queues a record; returns at once, and wakes nobody: the answer's own way goes on."""
+    def keep(self, make_record: Callable[[], AnswerRecord]) -> None:
+        """Queues a record, which the thread makes; returns at once, and wakes nobody: the answer's own way goes on."""
         if len(self._queue) < _QUEUE_MAX:
-            self._queue.append(record)
+            self._queue.append(make_record)
         else:
             metrics.answers_not_kept.inc()
 
@@ -111,11 +111,12 @@ class AnswerLog:
     def _write_queued(self) -> None:
         with self._lock:
             while self._queue:
+                make_record = self._queue.popleft()
                 try:
-                    self._write(self._queue.popleft())
-                except OSError as error:
+                    self._write(make_record())
+                except Exception as error:  # noqa: BLE001 - one answer's record must not cost those of all others
                     metrics.answers_not_kept.inc()
-                    _log.warning("a record is not kept", problem=str(error))
+                    _log.warning("a record is not kept", problem=repr(error))
 
     def _write(self, record: AnswerRecord) -> None:
         if record.request.user_id not in self._erased:

@@ -6,6 +6,7 @@ make one, the ladder does.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -152,5 +153,6 @@ class Pipeline:
         if not query.request.dry_run:
             self._shown.note(query.user_id, [item.item_id for item in items], query.now_ms)
             if self._answers.is_kept:
-                self._answers.keep(record_of(query, user, ranking, response, self._stages.reranker.settings_digest))
+                digest = self._stages.reranker.settings_digest
+                self._answers.keep(partial(record_of, query, user, ranking, response, digest))
         return response

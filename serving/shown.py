@@ -6,11 +6,7 @@ leaves nothing.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-
-from features.catalog import Floats
+from collections.abc import Iterable, Mapping
 
 # Items kept of a user, newest shown first to survive.
 _ITEMS_MAX = 200
@@ -45,23 +41,17 @@ class Shown:
         if len(self._shown) > self._users_max:
             self._shown.popitem(last=False)
 
-    def fatigue(self, user_id: str, item_ids: Sequence[str], dealt_with: frozenset[str], now_ms: int) -> Floats | None:
-        """How tired the user is of each item: 0 = not shown, up to 1. None where all are 0. Shape [C].
+    def fatigue(self, user_id: str, dealt_with: frozenset[str], now_ms: int) -> dict[str, float]:
+        """How tired the user is of the items shown, up to 1; of all others not at all.
 
         Args:
             user_id: whose.
-            item_ids: the candidates.
             dealt_with: items of the user's history: shown, and not ignored.
             now_ms: to decay to.
         """
-        of_user = self._shown.get(user_id)
-        if not of_user:
-            return None
-        counts = np.zeros(len(item_ids))
-        for at, item_id in enumerate(item_ids):
-            if item_id in of_user and item_id not in dealt_with:
-                counts[at] = self._decayed(of_user[item_id], now_ms)
-        return (1 - np.exp2(-counts)).astype(np.float32) if counts.any() else None
+        of_user: Mapping[str, tuple[float, int]] = self._shown.get(user_id, {})
+        counts = {item_id: self._decayed(entry, now_ms) for item_id, entry in of_user.items()}
+        return {item_id: 1 - 2.0**-count for item_id, count in counts.items() if item_id not in dealt_with}
 
     def forget(self, user_ids: Iterable[str]) -> None:
         """These users were erased; nothing of theirs is kept again."""

@@ -96,7 +96,9 @@ class Worker:
             Rows(stores[1], settings.features, streams.state_cache_users),
             letters,
             self.sink,
-            StatsBroadcast(producer, topics.item_stats, streams.stats_broadcast_interval_ms),
+            StatsBroadcast(
+                producer, topics.item_stats, streams.stats_broadcast_interval_ms, streams.shown_broadcast_interval_ms
+            ),
             self.updater.mark,
             self.updater.sweep_soon,
             before_reading=partial(_before_reading, stores[1], settings, records, ItemDoubts(stores[1])),

@@ -15,22 +15,44 @@ from core.topics import item_stats_key
 from streams import metrics
 from streams.processor import ItemKey
 
-# Every replica, and this worker's own popularity, takes in each row: about 20 us apiece.
+# Every replica, and this worker's own popularity, takes in each row: about 20 us apiece, three times that in between
+# other work.
 _ROWS_PER_SECOND = 1000
+# Of items that were shown and nothing else.
+_SHOWN_ROWS_PER_SECOND = 250
 
 # Newest offset by topic and partition, as the reader counts them.
 Reached = Mapping[tuple[str, int], int]
 
 
 class StatsBroadcast:
-    """The newest row of each changed item, until Kafka has it. Memory is bounded by the items: one row each."""
+    """The newest row of each changed item, until Kafka has it. Memory is bounded by the items: one row each.
 
-    def __init__(self, producer: KafkaProducer, topic: str, interval_ms: int, clock: Clock | None = None) -> None:
+    Args:
+        producer: to Kafka.
+        topic: of item statistics.
+        interval_ms: between two rounds.
+        shown_interval_ms: between two rounds that take items along which were shown and nothing else: an answer shows
+            twenty of them, and one more showing changes little.
+        clock: for both.
+    """
+
+    def __init__(
+        self,
+        producer: KafkaProducer,
+        topic: str,
+        interval_ms: int,
+        shown_interval_ms: int = 0,
+        clock: Clock | None = None,
+    ) -> None:
         self._producer = producer
         self._topic = topic
         self._interval_seconds = interval_ms / 1000
+        self._shown_interval_seconds = shown_interval_ms / 1000
         self._clock = clock or SystemClock()
         self._waiting: dict[ItemKey, bytes] = {}
+        # Those that can wait; none is in both.
+        self._shown: dict[ItemKey, bytes] = {}
         # Newest row of each item that is on its way, and the round it went out in.
         self._on_the_way: dict[ItemKey, tuple[int, bytes]] = {}
         # Rows of each round that Kafka has not spoken of.
@@ -41,15 +63,22 @@ class StatsBroadcast:
         self._reports: deque[tuple[int, ItemKey, bool]] = deque()
         self._round = 0
         self._next = 0.0
+        self._next_shown = 0.0
 
-    def put(self, stats: Mapping[ItemKey, bytes]) -> None:
-        self._waiting.update(stats)
+    def put(self, stats: Mapping[ItemKey, bytes], only_shown: Collection[ItemKey] = ()) -> None:
+        """Rows as they were written, and those of them that changed by impressions alone."""
+        for key, row in stats.items():
+            if key in only_shown and key not in self._waiting:
+                self._shown[key] = row
+            else:
+                self._shown.pop(key, None)
+                self._waiting[key] = row
 
     def forget(self, partitions: Collection[int]) -> None:
         """These belong to another worker now, whose rows are newer."""
-        for key in [key for key in (*self._waiting, *self._on_the_way) if key[1] in partitions]:
-            self._waiting.pop(key, None)
-            self._on_the_way.pop(key, None)
+        for rows in (self._waiting, self._shown, self._on_the_way):
+            for key in [key for key in rows if key[1] in partitions]:
+                del rows[key]
 
     def tick(self, reached: Reached, *, now: bool = False) -> Reached | None:
         """Sends what waits, if it is time.
@@ -63,14 +92,15 @@ class StatsBroadcast:
         """
         moment = self._clock.monotonic()
         self._read_reports()
-        if not self._waiting:
+        if not self._waiting and not self._shown:
             # All of it is in Kafka or on its way.
             self._promised[self._round] = dict(reached)
         elif now or moment >= self._next:
+            self._take_shown(moment, now=now)
             # While catching up, thousands of rows change between two ticks: their readers need the newest, not each.
             self._next = moment + max(self._interval_seconds, len(self._waiting) / _ROWS_PER_SECOND)
             self._round += 1
-            if self._send():
+            if self._send() and not self._shown:
                 self._promised[self._round] = dict(reached)
         return self._told()
 
@@ -79,6 +109,13 @@ class StatsBroadcast:
         self.tick(reached, now=True)
         self._producer.flush(timeout_seconds)
         return self.tick(reached)
+
+    def _take_shown(self, moment: float, *, now: bool) -> None:
+        """What can wait goes along, if it has waited long enough."""
+        if now or moment >= self._next_shown:
+            self._next_shown = moment + max(self._shown_interval_seconds, len(self._shown) / _SHOWN_ROWS_PER_SECOND)
+            self._waiting.update(self._shown)
+            self._shown.clear()
 
     def _send(self) -> bool:
         """False where Kafka's queue is full: the rest stays."""
@@ -105,7 +142,7 @@ class StatsBroadcast:
                 del self._on_the_way[key]
             if not arrived and newest is not None:
                 # Where a newer one is on its way, that once more: a message too many does no harm.
-                self._waiting.setdefault(key, newest[1])
+                self._waiting.setdefault(key, self._shown.pop(key, newest[1]))
                 self._promised = {earlier: reached for earlier, reached in self._promised.items() if earlier < number}
 
     def _told(self) -> Reached | None:

@@ -68,6 +68,8 @@ class Applied:
     dirty: set[str] = field(default_factory=set)
     # Statistics as the store has them, for the replicas: headrace.v1.ItemStats by item and partition.
     stats: dict[ItemKey, bytes] = field(default_factory=dict)
+    # Those of them that impressions alone have changed.
+    only_shown: set[ItemKey] = field(default_factory=set)
     # Messages whose user has a row that cannot be read, and why.
     refused: list[tuple[Received, str]] = field(default_factory=list)
     watermark_ms: int = 0
@@ -277,6 +279,10 @@ class Rows:
         for key, (entry, raw, stats), done in zip(keys, raws, self._write(writes), strict=True):
             if done:
                 entry.raw = raw
+                if not all(event.kind == windows.IMPRESSION for event in pending[key]):
+                    applied.only_shown.discard(key)
+                elif key not in applied.stats:
+                    applied.only_shown.add(key)
                 applied.stats[key] = stats
             else:
                 beaten.append(key)

@@ -210,7 +210,12 @@ class ReaderPart:
             Rows(self.store, settings.features, settings.streams.state_cache_users),
             DeadLetters(producer),
             self.sink,
-            StatsBroadcast(producer, topics.item_stats, settings.streams.stats_broadcast_interval_ms),
+            StatsBroadcast(
+                producer,
+                topics.item_stats,
+                settings.streams.stats_broadcast_interval_ms,
+                settings.streams.shown_broadcast_interval_ms,
+            ),
             self.dirty.update,
             before_reading=self._before_reading,
         )

@@ -16,7 +16,7 @@ from features.transforms import stable_hash
 from features.vectors import affinity_of, popularity_at
 from features.windows import UserState
 from headrace.v1 import types_pb2 as types
-from serving.query import SOURCE_BIT, Candidates, Query, Ranking, RankInputs, Signals, UserFeatures
+from serving.query import SOURCE_BIT, Candidates, Query, Ranking, RankInputs, Signals, UserFeatures, places_of
 from serving.release import Release
 from serving.rerank.blend import blend
 from serving.rerank.diversity import category_vectors, diversify, diversify_by_dpp, item_vectors
@@ -134,7 +134,13 @@ class BlendingReRanker:
         if self._shown is None or self._settings.fatigue_weight <= 0:
             return None
         dealt_with = frozenset(entry.item_id for entry in user.state.history)
-        return self._shown.fatigue(user.user_id, query.release.ids(rows), dealt_with, query.now_ms)
+        tired = self._shown.fatigue(user.user_id, dealt_with, query.now_ms)
+        at = places_of(query.release.catalog.rows(tired), rows)
+        if not (at >= 0).any():
+            return None
+        fatigue = np.zeros(len(rows), np.float32)
+        fatigue[at[at >= 0]] = np.array(list(tired.values()), np.float32)[at >= 0]
+        return fatigue
 
     def _fatigue_shift(self, signals: Signals) -> npt.NDArray[np.float64] | None:
         if signals.fatigue is None:

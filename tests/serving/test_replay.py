@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 
 import grpc
 import pytest
@@ -147,7 +148,7 @@ def record(number: int, size: int = 1000) -> AnswerRecord:
 def test_the_oldest_records_make_room(tmp_path) -> None:
     log = AnswerLog(tmp_path, 1)
     for number in range(2000):
-        log.keep(record(number))
+        log.keep(partial(record, number))
         if number % 100 == 0:
             assert log.find(f"answer-{number}") is not None
     assert log.find("answer-0") is None

@@ -140,13 +140,12 @@ def test_what_was_shown_and_let_pass_tires_and_recovers() -> None:
     shown = Shown(users=2, half_life_seconds=100)
     for _ in range(3):
         shown.note("u", ["a", "b"], 0)
-    tired = shown.fatigue("u", ["a", "b", "c"], frozenset({"b"}), 0)
-    assert tired.tolist() == [1 - 0.5**3, 0.0, 0.0]
-    assert shown.fatigue("u", ["a"], frozenset(), 100_000).tolist() == pytest.approx([1 - 0.5**1.5])
-    assert shown.fatigue("stranger", ["a"], frozenset(), 0) is None
+    assert shown.fatigue("u", frozenset({"b"}), 0) == {"a": 1 - 0.5**3}
+    assert shown.fatigue("u", frozenset({"b"}), 100_000) == {"a": pytest.approx(1 - 0.5**1.5)}
+    assert shown.fatigue("stranger", frozenset(), 0) == {}
     shown.forget(["u"])
     shown.note("u", ["a"], 0)
-    assert shown.fatigue("u", ["a"], frozenset(), 0) is None
+    assert shown.fatigue("u", frozenset(), 0) == {}
 
 
 @given(st.permutations(range(12)), st.dictionaries(st.integers(0, 11), st.integers(0, 30), max_size=5))

@@ -59,7 +59,7 @@ def kafka() -> Kafka:
 
 @pytest.fixture
 def broadcast(kafka, clock) -> StatsBroadcast:
-    return StatsBroadcast(kafka, "stats", 50, clock)
+    return StatsBroadcast(kafka, "stats", 50, 500, clock)
 
 
 def test_only_the_newest_row_of_an_item_is_sent(broadcast, kafka, clock) -> None:
@@ -143,6 +143,43 @@ def test_many_rows_at_once_are_followed_by_a_longer_pause(broadcast, kafka, cloc
     broadcast.put({("a", 0): b"2"})
     broadcast.tick({}, now=True)
     assert len(kafka.sent) == 1002
+
+
+def test_items_that_were_only_shown_wait_longer_and_are_not_promised_before(broadcast, kafka, clock) -> None:
+    broadcast.put({("a", 0): b"1", ("b", 0): b"1"}, {("b", 0)})
+    broadcast.tick({HERE: 1})
+    assert len(kafka.sent) == 2
+    kafka.report()
+    assert broadcast.tick({HERE: 1}) == {HERE: 1}
+
+    broadcast.put({("a", 0): b"2", ("b", 0): b"2", ("c", 0): b"2"}, {("b", 0), ("c", 0)})
+    clock.advance(60)
+    broadcast.tick({HERE: 2})
+    kafka.report()
+    assert broadcast.tick({HERE: 2}) is None
+    assert kafka.sent[2:] == [(b"a\x000", b"2")]
+    # A click overtakes.
+    broadcast.put({("c", 0): b"3"})
+    clock.advance(60)
+    broadcast.tick({HERE: 3})
+    assert kafka.sent[3:] == [(b"c\x000", b"3")]
+    # And what comes after it goes with it.
+    broadcast.put({("c", 0): b"4"})
+    broadcast.put({("c", 0): b"5"}, {("c", 0)})
+    clock.advance(400)
+    broadcast.tick({HERE: 5})
+    assert sorted(kafka.sent[4:]) == [(b"b\x000", b"2"), (b"c\x000", b"5")]
+    kafka.report()
+    assert broadcast.tick({HERE: 5}) == {HERE: 5}
+
+
+def test_what_was_shown_goes_along_at_once_when_the_worker_stops(broadcast, kafka, clock) -> None:
+    broadcast.put({("a", 0): b"1"})
+    broadcast.tick({})
+    broadcast.put({("a", 0): b"2", ("b", 1): b"1"}, {("a", 0), ("b", 1)})
+    broadcast.forget({1})
+    assert broadcast.finish({HERE: 2}, 1) == {HERE: 2}
+    assert kafka.sent[1:] == [(b"a\x000", b"2")]
 
 
 @pytest.fixture
