@@ -75,7 +75,8 @@ def _one_seed(log: Path, work: Path, seed: int, *, quick: bool) -> dict[str, flo
 
 
 def trivago(log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    settings: Settings = load_settings(overrides={"offline": {"ranker_epochs": 1}})
+    # Six lists of each moment, which differ by what is known: one epoch, in small steps.
+    settings: Settings = load_settings(overrides={"offline": {"ranker_epochs": 1, "ranker_learning_rate": 1e-3}})
     return TrivagoRanker(EventLog(log), settings, quick=arguments.quick).run(arguments.seeds)
 
 

@@ -295,6 +295,7 @@ class OfflineSettings(_Section):
     refit_epochs: Annotated[int, Field(ge=0)]
     ranker_student: bool
     ranker_epochs: Positive
+    ranker_learning_rate: Annotated[float, Field(gt=0, le=1)]
     ranker_negatives: Positive
     ranker_max_rows: Positive
     batch_scores_per_user: Positive

@@ -149,7 +149,7 @@ class Catalog:
     def _put_partial(self, item_id: str, source_partition: int, partial: ItemPartial) -> int:
         row = self._row_for(item_id)
         by_partition = self._partials.setdefault(row, {})
-        before = by_partition.get(source_partition)
+        before = by_partition.get(source_partition, partial)
         by_partition[source_partition] = partial
         # What the columns need of `item_stats.add_up`, at half its cost: each replica does this for each row.
         partials, columns = list(by_partition.values()), self._columns
@@ -157,8 +157,8 @@ class Catalog:
         columns["impressions"][row] = _count(kinds, "impression")
         columns["clicks"][row] = sum([_count(kinds, kind) for kind in self._clicks])
         columns["stats_revision"][row] = sum([partial.revision for partial in partials])
-        if before is None or before.popularity != partial.popularity or before.segments != partial.segments:
-            # Most rows come because an item was shown once more.
+        # Most rows come because an item was shown once more. What is put again may have changed in between.
+        if before is partial or (before.popularity, before.segments) != (partial.popularity, partial.segments):
             self._put_popularity(row, partials)
         self.revision += 1
         return row

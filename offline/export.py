@@ -48,6 +48,8 @@ MAX_NDCG_LOSS = 0.01
 FILES = {ONNX: names.RANKER_ONNX, ONNX_INT8: names.RANKER_INT8}
 _OPSET = 18
 _TRITON_BATCH = 64
+# Weights that share a scale.
+_INT8_BLOCK = 32
 # Inputs with a second free axis.
 _FREE = dict.fromkeys(("candidate_rows", "candidates"), "candidates")
 _FREE |= dict.fromkeys(("history_rows", "history_weights", "history_ages"), "history")
@@ -250,15 +252,22 @@ def _quiet() -> Iterator[None]:
 
 
 def _quantise(source: Path, target: Path) -> None:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """Weights in 8 bits, a scale for each block of them; what is computed from them keeps its digits.
 
-    graph = onnx.load(source).graph
-    # The last sum decides the order: it keeps its digits (with it in int8, scores change almost four times as much).
-    heads = {one.name for one in graph.initializer if len(one.dims) == 2 and one.dims[-1] == len(HEADS)}
-    kept = [node.name for node in graph.node if heads.intersection(node.input)]
+    In 8 bits, too, features that reach far beside the small components of a vector moved probabilities by .06 to .29.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    model = onnx.load(source)
+    # The last sum decides the order, and is small.
+    heads = {one.name for one in model.graph.initializer if len(one.dims) == 2 and one.dims[-1] == len(HEADS)}
+    kept = [node.name for node in model.graph.node if heads.intersection(node.input)]
+    config = DefaultWeightOnlyQuantConfig(block_size=_INT8_BLOCK, bits=8, accuracy_level=0)
     with _quiet():
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=kept)
+        quantiser = MatMulNBitsQuantizer(model, nodes_to_exclude=kept, algo_config=config)
+        quantiser.process()
+        quantiser.model.save_model_to_file(str(target))
 
 
 def _table(model: RankerModel, folder: Path, settings: Settings) -> ItemTable:

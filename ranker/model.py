@@ -276,7 +276,10 @@ class RankerModel(nn.Module):
         """Mean embedding of each candidate's categories, [B, C, category_width]."""
         ids = embedding(rows + 1, table.categories)
         count = (ids > 0).sum(-1, keepdim=True).clamp(min=1)
-        summed: Tensor = self.category(ids).sum(-2)
+        # A product: ONNX Runtime takes ten times as long to sum over an inner axis.
+        of_each = self.category(ids)
+        ones = torch.eye(of_each.shape[-1], dtype=of_each.dtype, device=of_each.device)
+        summed = of_each.flatten(-2) @ ones.repeat(ids.shape[-1], 1)
         mean: Tensor = summed / count
         return mean * self.category_dropout(mean.new_ones(len(mean), 1, 1)) if self.training else mean
 

@@ -27,7 +27,7 @@ from headrace.v1.events_pb2 import Item
 from offline.replay import Entry, read_entries
 from offline.reporting import Reporter
 from offline.training.ranker_candidates import CandidateSources
-from offline.training.ranker_distil import LIGHT_SHAPE, STUDENT_SHAPE, without_tastes
+from offline.training.ranker_distil import LIGHT_SHAPE, STUDENT_SHAPE, TEACHER_SHAPE, without_tastes
 from offline.training.ranker_fit import Split, Trainer
 from offline.training.ranker_quality import calibrate, order
 from offline.training.ranker_questions import Question, questions_of
@@ -35,7 +35,7 @@ from offline.training.ranker_rows import Row, RowMaker
 from offline.training.tastes import tastes_of
 from offline.training.towers import TrainedTowers
 from ranker.calibration import save_calibration
-from ranker.model import CLICK, LIGHT, RankerModel, save_ranker
+from ranker.model import CLICK, LIGHT, RankerConfig, RankerModel, save_ranker
 from ranker.probe import MAX_LISTS, Probe, save_probe
 from ranker.scorer import Scorer
 
@@ -104,7 +104,7 @@ def train_ranker(
     learnt_ms = _time_at(entries, 1 - offline.validation_share) + 1
     tastes = tastes_of(entries, items, settings.features, learnt_ms, offline.seed)
     make = partial(Trainer, rows, towers.item_vectors, categories, settings, chosen, tastes)
-    trainer, teacher = make(), None
+    trainer, teacher = make(TEACHER_SHAPE if offline.ranker_student else RankerConfig), None
     epochs = trainer.run(reporter)
     if offline.ranker_student:
         teacher = trainer.model

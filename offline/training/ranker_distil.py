@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ranker.model import RankerBatch, RankerConfig, RankerModel, Tables
 
+# Need not be quick: it does not serve.
+TEACHER_SHAPE = partial(RankerConfig, attention_width=64, cross_layers=3, cross_rank=64, hidden=(256, 128))
 # Reads the history by its similarities alone.
 STUDENT_SHAPE = partial(RankerConfig, attention_width=0, cross_layers=0, item_width=0, category_width=0, hidden=(64,))
 LIGHT_SHAPE = partial(STUDENT_SHAPE, hidden=(16,), user_width=8, reads_history=False)

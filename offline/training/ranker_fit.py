@@ -25,7 +25,6 @@ from ranker.model import CLICK, CONVERSION, HEADS, VALUE, RankerBatch, RankerCon
 from ranker.scorer import collate
 
 LISTS_PER_STEP = 48
-LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 # Of the moving average over steps: single steps scatter by several per cent of NDCG where rows are few.
 AVERAGE_DECAY = 0.98
@@ -108,10 +107,10 @@ class Trainer:
     def run(self, reporter: Reporter) -> int:
         """Trains for all epochs, or until the time is over; returns the number of the one that is kept."""
         offline, started = self._settings.offline, time.monotonic()
-        optimiser = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        optimiser = torch.optim.AdamW(self.model.parameters(), offline.ranker_learning_rate, weight_decay=WEIGHT_DECAY)
         steps = -(-len(self._rows.train) // LISTS_PER_STEP)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, LEARNING_RATE, total_steps=steps * self._epochs, pct_start=0.1
+            optimiser, offline.ranker_learning_rate, total_steps=steps * self._epochs, pct_start=0.1
         )
         average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))  # type: ignore[no-untyped-call]
         best, kept, kept_state = float("inf"), 0, copy.deepcopy(self.model.state_dict())

@@ -29,6 +29,24 @@ def test_a_segments_items_are_in_the_order_of_its_users() -> None:
     assert len(catalog.segment_popularity("nobody")[0]) == 0
 
 
+@pytest.mark.parametrize("put_again", ["as a message", "as the same object"])
+def test_columns_follow_clicks_and_showings_alike(put_again) -> None:
+    features = load_settings().features
+    catalog, partial = Catalog(features), ItemPartial()
+    for number, kind in enumerate(("impression", "click", "impression", "impression", "click")):
+        item_stats.apply(partial, UserEvent("u", number, "a", kind, NOW_MS, segment="x"), features)
+        if put_again == "as a message":
+            catalog.put_stats(item_stats.as_message("a", 0, partial, features))
+        else:
+            catalog.put_partial("a", 0, partial)
+        clicks = ("impression", "click", "impression", "impression", "click")[: number + 1].count("click")
+        assert catalog.column("clicks")[0] == clicks
+        assert catalog.column("impressions")[0] == number + 1 - clicks
+        assert catalog.column("stats_revision")[0] == number + 1
+        assert catalog.popularity(NOW_MS)[0] == pytest.approx(clicks, rel=1e-5)
+        assert len(catalog.segment_popularity("x")[0]) == (clicks > 0)
+
+
 def test_readers_beside_the_writer_see_columns_of_one_length() -> None:
     catalog = Catalog(load_settings().features)
     done = threading.Event()
