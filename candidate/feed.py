@@ -13,6 +13,7 @@ from candidate.snapshot import Snapshot, load_snapshot
 from core import bundle as bundles
 from core.errors import ArtifactError
 from core.feed import TopicFeed
+from core.pace import beside_calls
 from core.settings import Settings
 from core.telemetry import get_logger
 from features.catalog_feed import CatalogFeed
@@ -86,7 +87,8 @@ class Snapshots:
         return snapshot, Feeds(snapshot, self._settings)
 
     def _swap(self) -> None:
-        snapshot, feeds = self._open()
+        with beside_calls():
+            snapshot, feeds = self._open()
         feeds.start()
         # Where the old one hears nothing either, there is nothing to wait for.
         if not feeds.catch_up(AWAY_SECONDS if self.feeds.has_caught_up else 0.0):

@@ -21,6 +21,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from core.errors import ArtifactError, ConfigError
+from core.pace import paced
 from headrace.v1.events_pb2 import Item, ItemStats
 
 FORMAT = 1
@@ -103,10 +104,10 @@ class ReleaseBundle:
         return json.loads(self.file(name).read_text("utf-8"))
 
     def items(self) -> Iterator[Item]:
-        return read_delimited(self.file(ITEMS), Item)
+        return paced(read_delimited(self.file(ITEMS), Item))
 
     def item_stats(self) -> Iterator[ItemStats]:
-        return read_delimited(self.file(ITEM_STATS), ItemStats)
+        return paced(read_delimited(self.file(ITEM_STATS), ItemStats))
 
 
 def open_bundle(path: Path) -> ReleaseBundle:

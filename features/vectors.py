@@ -32,6 +32,7 @@ USER_FEATURES = (
     "is_known",
     "mean_log_price_of_list",
     "score_of_last",
+    "log2_place_of_last",
 )
 CANDIDATE_FEATURES = (
     "log_impressions",
@@ -56,7 +57,9 @@ CANDIDATE_FEATURES = (
     "log_years_from_last",
     "log_years_from_recent",
     "retrieval_score",
+    "log_place",
     "score_from_last",
+    "log_places_from_last",
     *(f"from_{source}" for source in SOURCES),
 )
 _AT = {name: index for index, name in enumerate(CANDIDATE_FEATURES)}
@@ -91,19 +94,38 @@ class RankerInput:
 
 
 class ListContext(NamedTuple):
-    """What is read of a list as a whole.
-
-    It is part of the user's features, so that a part of a list is enough to make its features again.
-    """
+    """What is read of a list as a whole; it is part of the user's features."""
 
     # Over the items that have a price; 0 where none has.
     mean_log_price: np.float32
-    # The retrieval score of the user's last item; 0 where it is not in the list.
+    # The retrieval score of the item in the list that the user touched last, and log2(2 + its place); 0 where none is.
     score_of_last: np.float32
+    log2_place_of_last: np.float32
+
+    @property
+    def place_of_last(self) -> int | None:
+        return round(2.0**self.log2_place_of_last) - 2 if self.log2_place_of_last > 0 else None
+
+
+class WholeList(NamedTuple):
+    """The list that candidates are a part of: catalogue rows and retrieval scores, [N] each."""
+
+    rows: Rows
+    scores: Floats
+
+
+class Listed(NamedTuple):
+    """What a list as a whole says of some of its candidates: enough to make their features again."""
+
+    context: ListContext
+    # How many of the list have a higher retrieval score. [C]
+    places: Rows
 
     @classmethod
-    def of_features(cls, user: Floats) -> "ListContext":
-        return cls(*user[USER_FEATURES.index("mean_log_price_of_list") :])
+    def of_features(cls, user: Floats, candidates: Floats) -> "Listed":
+        """From the features [len(USER_FEATURES)], [C, len(CANDIDATE_FEATURES)] that were made before."""
+        context = ListContext(*user[USER_FEATURES.index("mean_log_price_of_list") :])
+        return cls(context, np.rint(np.expm1(candidates[:, _AT["log_place"]].astype(np.float64))).astype(np.int32))
 
 
 class _History(NamedTuple):
@@ -130,7 +152,7 @@ def ranker_input(
     source_bits: Rows,
     now_ms: int,
     settings: FeaturesSettings,
-    context: ListContext | None = None,
+    part_of: WholeList | Listed | None = None,
     log_prices: Floats | None = None,
 ) -> RankerInput:
     """Features of one user and C candidates as of `now_ms`.
@@ -143,7 +165,7 @@ def ranker_input(
         source_bits: [C]
         now_ms: time of the request.
         settings: the same as the state was made with.
-        context: of the whole list, where the candidates are a part of it; made of them otherwise.
+        part_of: the list that the candidates are a part of, or what is known of it; None: they are the whole list.
         log_prices: log(1 + price) that the candidates were offered at, where it was not the catalogue's. [C]
     """
     history = _history(state, catalog, now_ms, settings)
@@ -151,13 +173,17 @@ def ranker_input(
     session_rows = catalog.rows(entry.item_id for entry in current)
     if log_prices is None:
         log_prices = _log_prices(catalog, candidate_rows)
-    if context is None:
-        context = _context(candidate_rows, log_prices, retrieval_scores, history.touched)
+    if part_of is None:
+        listed = _listed(WholeList(candidate_rows, retrieval_scores), log_prices, retrieval_scores, history.touched)
+    elif isinstance(part_of, WholeList):
+        listed = _listed(part_of, _log_prices(catalog, part_of.rows), retrieval_scores, history.touched)
+    else:
+        listed = part_of
     return RankerInput(
         history.rows,
         history.weights,
         np.log1p(history.seconds / _SECONDS_AN_HOUR).astype(np.float32),
-        _user(state, len(current), history.weights, now_ms, context),
+        _user(state, len(current), history.weights, now_ms, listed.context),
         candidate_rows,
         _candidates(
             state,
@@ -168,7 +194,7 @@ def ranker_input(
             log_prices,
             history,
             session_rows,
-            context,
+            listed,
             now_ms,
             settings,
         ),
@@ -197,13 +223,21 @@ def _log_prices(catalog: Catalog, rows: Rows) -> Floats:
     return prices
 
 
-def _context(rows: Rows, log_prices: Floats, retrieval_scores: Floats, touched: Rows) -> ListContext:
+def _listed(whole: WholeList, log_prices: Floats, scores: Floats, touched: Rows) -> Listed:
+    """What the whole list (with its prices) says of those of its candidates that have these scores."""
+    in_order = np.sort(whole.scores)
+
+    def places(of: Floats) -> Rows:
+        higher: Rows = (len(in_order) - np.searchsorted(in_order, of, side="right")).astype(np.int32)
+        return higher
+
     priced = log_prices[log_prices > 0]
-    of_last = retrieval_scores[rows == touched[-1]] if len(touched) else retrieval_scores[:0]
-    return ListContext(
-        np.float32(priced.mean(dtype=np.float64)) if len(priced) else np.float32(0),
-        np.float32(of_last[0]) if len(of_last) else np.float32(0),
-    )
+    mean = np.float32(priced.mean(dtype=np.float64)) if len(priced) else np.float32(0)
+    there = touched[np.isin(touched, whole.rows)]
+    if not len(there):
+        return Listed(ListContext(mean, np.float32(0), np.float32(0)), places(scores))
+    last = whole.scores[np.flatnonzero(whole.rows == there[-1])[:1]]
+    return Listed(ListContext(mean, np.float32(last[0]), np.float32(np.log2(2 + places(last)[0]))), places(scores))
 
 
 def _user(state: UserState, session_events: int, weights: Floats, now_ms: int, context: ListContext) -> Floats:
@@ -232,11 +266,12 @@ def _candidates(
     log_prices: Floats,
     history: _History,
     session_rows: Rows,
-    context: ListContext,
+    listed: Listed,
     now_ms: int,
     settings: FeaturesSettings,
 ) -> Floats:
     out = np.zeros((len(rows), len(CANDIDATE_FEATURES)), np.float32)
+    context, places = listed
 
     def put(name: str, values: npt.NDArray[Any]) -> None:
         out[:, _AT[name]] = values
@@ -279,8 +314,11 @@ def _candidates(
                 put("log_price_from_recent", _where_priced(log_prices, priced.mean()))
         out[~known, :_OF_ITEMS] = 0.0
     put("retrieval_score", retrieval_scores)
-    if context.score_of_last:
+    put("log_place", np.log1p(places))
+    if (place_of_last := context.place_of_last) is not None:
         put("score_from_last", retrieval_scores - context.score_of_last)
+        apart = places - place_of_last
+        put("log_places_from_last", np.sign(apart) * np.log1p(np.abs(apart)))
     for bit, source in enumerate(SOURCES):
         put(f"from_{source}", (source_bits >> bit) & 1)
     return out

@@ -33,7 +33,7 @@ from features.stores.erasures import UnerasedLog
 from features.stores.event_log import EventLog, user_events
 from features.stores.event_rows import EVENTS, FEEDBACK, IMPRESSIONS, ITEMS, LogTable, from_table
 from features.stores.log_positions import by_source
-from features.vectors import CANDIDATE_FEATURES, SOURCES, ListContext, ranker_input
+from features.vectors import CANDIDATE_FEATURES, SOURCES, Listed, ranker_input
 from features.windows import Outcome, Position, UserEvent, UserState
 from headrace.v1.events_pb2 import Item
 from headrace.v1.feature_log_pb2 import LoggedFeatures, StatsRevision, StatsRevisions
@@ -179,9 +179,9 @@ class Rebuilder:
         scores = candidates[:, _RETRIEVAL_SCORE]
         bits = (candidates[:, _FIRST_SOURCE:].astype(np.int32) << np.arange(len(SOURCES))).sum(axis=1)
         rows = catalog.rows(features.item_ids[place] for place in places)
-        context = ListContext.of_features(logged.user)
+        listed = Listed.of_features(logged.user, candidates)
         now_ms, bits = features.as_of_time_ms, bits.astype(np.int32)
-        made = ranker_input(state, catalog, rows, scores, bits, now_ms, self._settings, context)
+        made = ranker_input(state, catalog, rows, scores, bits, now_ms, self._settings, listed)
         return Rebuilt(feature_log.numbers_of(made, len(state.history)), places, missing)
 
     def _state(self, answer: LoggedAnswer) -> UserState:

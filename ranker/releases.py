@@ -17,6 +17,7 @@ from core import bundle as bundles
 from core.clock import Clock
 from core.codec import MAX_ID_CHARS
 from core.errors import ArtifactError, NotFoundError
+from core.pace import beside_calls
 from core.registry import Roles, read_roles
 from core.settings import Settings
 from core.telemetry import get_logger
@@ -147,7 +148,8 @@ class Releases:
         if self._refused.get(version) == seen:
             return None
         try:
-            loaded = self._open(version)
+            with beside_calls():
+                loaded = self._open(version)
         except ArtifactError as error:
             self._refused[version] = seen
             metrics.loads.labels("refused").inc()

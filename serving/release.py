@@ -17,6 +17,7 @@ from core import bundle as bundles
 from core.bundle import Manifest, ReleaseBundle
 from core.clock import Clock
 from core.errors import ArtifactError
+from core.pace import beside_calls
 from core.settings import Settings
 from core.telemetry import get_logger
 from features.catalog import Catalog, Floats, Rows
@@ -186,7 +187,8 @@ class Releases:
                 self._refused, problem = version, str(error)
 
     def _swap(self) -> None:
-        release, feed, withheld = self._open()
+        with beside_calls():
+            release, feed, withheld = self._open()
         feed.start()
         # Statistics since the bundle: without them popularity would fall back to the bundle's for a moment.
         if not feed.wait(_CATCH_UP_SECONDS):

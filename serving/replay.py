@@ -14,6 +14,7 @@ from core import bundle as bundles
 from core.clock import Clock
 from core.deadline import Deadline
 from core.errors import ArtifactError, NotFoundError
+from core.pace import beside_calls
 from core.settings import Settings
 from features import windows
 from features.catalog import Floats
@@ -124,7 +125,8 @@ class Replayer:
             folder = Path(self._settings.registry.path) / version
             if not folder.is_dir():
                 raise ArtifactError(f"bundle {version} is gone from the registry; its answers cannot be made again")
-            self._older = await asyncio.to_thread(lambda: load_release(bundles.open_bundle(folder), self._settings))
+            with beside_calls():
+                self._older = await asyncio.to_thread(lambda: load_release(bundles.open_bundle(folder), self._settings))
             return self._older
 
     def _rebuild(self, record: AnswerRecord, release: Release) -> RecommendResponse:

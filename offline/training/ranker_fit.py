@@ -36,8 +36,11 @@ VECTOR_DROPOUT, SCORE_DROPOUT = 0.1, 0.3
 LEAST_LABELS = 50
 # Lists that the scale of similarities is taken from.
 _SCALE_LISTS = 500
-_SCORES = tuple(map(CANDIDATE_FEATURES.index, ("retrieval_score", "score_from_last")))
-_SCORE_OF_LAST = USER_FEATURES.index("score_of_last")
+_SCORES = [
+    CANDIDATE_FEATURES.index(name)
+    for name in ("retrieval_score", "log_place", "score_from_last", "log_places_from_last")
+]
+_SCORES_OF_LAST = [USER_FEATURES.index(name) for name in ("score_of_last", "log2_place_of_last")]
 
 
 class Split(NamedTuple):
@@ -167,7 +170,8 @@ class Trainer:
         blind = torch.from_numpy(self._rng.random(size) < SCORE_DROPOUT)
         for column in _SCORES:
             inputs.candidates[:, :, column][blind] = self.model.candidate_mean[column].cpu()
-        inputs.users[:, _SCORE_OF_LAST][blind] = self.model.user_mean[_SCORE_OF_LAST].cpu()
+        for column in _SCORES_OF_LAST:
+            inputs.users[:, column][blind] = self.model.user_mean[column].cpu()
         return inputs._replace(user_vectors=inputs.user_vectors * keep, has_vector=inputs.has_vector * keep)
 
     def _loss(self, model: nn.Module, batch: "_Batch", *, learning: bool = True) -> Tensor:

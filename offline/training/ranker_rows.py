@@ -16,7 +16,7 @@ import numpy.typing as npt
 from core.settings import Settings
 from features import windows
 from features.catalog import Catalog, Floats, Rows
-from features.vectors import RankerInput, ranker_input
+from features.vectors import RankerInput, WholeList, ranker_input
 from features.windows import UserState
 from headrace.v1.events_pb2 import Item
 from offline.co_visitation import PairsTimeline
@@ -59,6 +59,8 @@ class _Chosen(NamedTuple):
     answered: Rows
     weights: Floats
     missed_count: int
+    # What would have been ranked, of which these are some.
+    whole: WholeList
 
 
 class RowMaker:
@@ -144,12 +146,12 @@ class RowMaker:
         """All that would be retrieved."""
         answered = self._answered(question, moment)
         fresh = ~np.isin(pool.rows, seen)
-        rows = pool.rows[fresh]
+        rows, scores = pool.rows[fresh], pool.scores[fresh]
         clicked = self._rows_of((item for item, label in question.click.items() if label > 0), len(moment.known))
         wanted = np.intersect1d(clicked, answered)
         missed = int((~np.isin(wanted, rows)).sum())
         bits, weights = pool.source_bits[fresh], np.ones(len(rows), np.float32)
-        return _Chosen(rows, pool.scores[fresh], bits, pool.user_vector, answered, weights, missed)
+        return _Chosen(rows, scores, bits, pool.user_vector, answered, weights, missed, WholeList(rows, scores))
 
     def _drawn(self, question: Question, pool: Pool, moment: Moment, seen: Rows, rng: np.random.Generator) -> _Chosen:
         """The answered items and some negatives; of events that no list led to, only items that were retrieved."""
@@ -164,12 +166,16 @@ class RowMaker:
         rows = np.concatenate([answered, others]) if len(answered) else answered
         scores, bits = self._sources.provenance(pool, rows)
         weights = np.concatenate([np.ones(len(answered), np.float32), weights])[: len(rows)]
-        return _Chosen(rows, scores, bits, pool.user_vector, answered, weights, 0)
+        fresh = ~np.isin(pool.rows, seen)
+        whole = WholeList(pool.rows[fresh], pool.scores[fresh])
+        return _Chosen(rows, scores, bits, pool.user_vector, answered, weights, 0, whole)
 
     def _row(self, question: Question, chosen: _Chosen, replay: Replay) -> Row:
         now_ms, features = question.time_ms, self._settings.features
         state, catalog = replay.state(question.user_id), replay.catalog
-        made = ranker_input(state, catalog, chosen.rows, chosen.scores, chosen.source_bits, now_ms, features)
+        made = ranker_input(
+            state, catalog, chosen.rows, chosen.scores, chosen.source_bits, now_ms, features, chosen.whole
+        )
         labels = np.zeros((len(chosen.rows), 3), np.float32)
         labels[:, 2] = np.nan
         positions = np.full(len(chosen.rows), -1, np.int32)

@@ -7,7 +7,7 @@ from core.settings import load_settings
 from features import item_stats, vectors, windows
 from features.catalog import Catalog
 from features.item_stats import ItemPartial
-from features.vectors import CANDIDATE_FEATURES, SOURCES, USER_FEATURES, ListContext
+from features.vectors import CANDIDATE_FEATURES, SOURCES, USER_FEATURES, Listed, WholeList
 from features.windows import UserEvent, UserState
 from headrace.v1.events_pb2 import Item
 
@@ -110,17 +110,31 @@ def test_prices_are_told_beside_the_list_and_what_was_looked_at() -> None:
     )
 
 
-def test_scores_are_told_beside_that_of_the_last_item_where_it_is_in_the_list() -> None:
+def test_scores_and_places_are_told_beside_those_of_the_last_item_that_is_in_the_list() -> None:
+    catalog = catalog_of(*(Item(item_id=name) for name in "abcd"))
+    ids, scores = ["d", "a", "b"], [0.25, 0.75, 0.5]
+    features = inputs(clicked("b", "c"), catalog, ids, scores=scores)
+    assert column(features, "log_place").tolist() == pytest.approx(np.log1p([2, 0, 1]))
+    assert column(features, "score_from_last").tolist() == [-0.25, 0.25, 0]
+    assert column(features, "log_places_from_last").tolist() == pytest.approx([np.log(2), -np.log(2), 0])
+    features = inputs(clicked("c"), catalog, ids, scores=scores)
+    assert not column(features, "score_from_last").any()
+    assert not column(features, "log_places_from_last").any()
+
+
+def test_equal_scores_share_a_place() -> None:
     catalog = catalog_of(*(Item(item_id=name) for name in "abc"))
-    features = inputs(clicked("b"), catalog, ["a", "b"], scores=[0.75, 0.5])
-    assert column(features, "score_from_last").tolist() == [0.25, 0]
-    assert not column(inputs(clicked("c"), catalog, ["a", "b"], scores=[0.75, 0.5]), "score_from_last").any()
+    features = inputs(clicked("b"), catalog, ["a", "b", "c"], scores=[0.5, 0.5, 0.25])
+    assert column(features, "log_place").tolist() == pytest.approx(np.log1p([0, 0, 2]))
 
 
-def test_a_part_of_a_list_has_the_features_it_had_in_the_whole() -> None:
+@pytest.mark.parametrize("known", ["the list", "its features"])
+def test_a_part_of_a_list_has_the_features_it_had_in_the_whole(known) -> None:
     catalog = catalog_of(*(Item(item_id=name, price=n + 1.0) for n, name in enumerate("abcd")))
     state, ids, scores = clicked("b", "d"), ["a", "b", "c", "d"], np.array([0.9, 0.8, 0.7, 0.6], np.float32)
     whole = inputs(state, catalog, ids, scores)
+    listed = WholeList(catalog.rows(ids), scores)
+    part_of = listed if known == "the list" else Listed.of_features(whole.user, whole.candidates[[2, 0]])
     part = vectors.ranker_input(
         state,
         catalog,
@@ -129,7 +143,7 @@ def test_a_part_of_a_list_has_the_features_it_had_in_the_whole() -> None:
         np.zeros(2, np.int32),
         NOW_MS,
         FEATURES,
-        ListContext.of_features(whole.user),
+        part_of,
     )
     assert part.candidates.tobytes() == whole.candidates[[2, 0]].tobytes()
     assert part.user.tobytes() == whole.user.tobytes()

@@ -22,7 +22,7 @@ from features import windows
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, IMPRESSIONS, ITEMS, to_table
-from features.vectors import CANDIDATE_FEATURES, ranker_input
+from features.vectors import CANDIDATE_FEATURES, Listed, ranker_input
 from features.windows import UserEvent
 from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
 from offline.co_visitation import PairsTimeline
@@ -323,8 +323,9 @@ def test_features_know_nothing_of_their_own_time(tastes: EventLog, small: Settin
         bits = np.zeros(len(row.labels), np.int32)
         scores = row.features.candidates[:, CANDIDATE_FEATURES.index("retrieval_score")]
         state = replay.state(question.user_id)
+        listed = Listed.of_features(row.features.user, row.features.candidates)
         again = ranker_input(
-            state, replay.catalog, row.features.candidate_rows, scores, bits, question.time_ms, small.features
+            state, replay.catalog, row.features.candidate_rows, scores, bits, question.time_ms, small.features, listed
         )
         first_source = CANDIDATE_FEATURES.index("from_ann")
         np.testing.assert_array_equal(row.features.candidates[:, :first_source], again.candidates[:, :first_source])

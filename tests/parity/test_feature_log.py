@@ -169,7 +169,8 @@ def test_before_anybody_was_removed_all_of_them(served: Served, monkeypatch: pyt
     monkeypatch.setattr(UnerasedLog, "read", EventLog.read)
     log = UnerasedLog(served.root)
     answers = served.logged(log)
-    assert len({version for answer in answers for version in revisions(answer)}) > 1000, "statistics have moved"
+    moved = {version for answer in answers for version in revisions(answer) if version[1] >= 0}
+    assert len(moved) > 300, "statistics have moved since the import"
     assert sum(bool(answer.features.session_events) for answer in answers) > 10
     found = compare(answers, served.rebuilder(log, answers))
     assert not found.not_rebuilt
