@@ -99,9 +99,9 @@ def test_scores_are_probabilities(scorer: Scorer, state_of: State, input_of: Inp
         assert ((part >= 0) & (part <= 1)).all()
 
 
-def test_fresh_clicks_change_the_order(scorer: Scorer, state_of: State, input_of: Input, vector: np.ndarray) -> None:
+def test_a_fresh_click_changes_the_order(scorer: Scorer, state_of: State, input_of: Input, vector: np.ndarray) -> None:
     before, after = scorer.score(
-        [input_of(state_of(1, 2), *range(20, 40)), input_of(state_of(1, 2, 3, 4, 5), *range(20, 40))], [vector, vector]
+        [input_of(state_of(1, 2), *range(20, 40)), input_of(state_of(1, 2, 25), *range(20, 40))], [vector, vector]
     )
     assert np.argsort(-before.score).tolist() != np.argsort(-after.score).tolist()
 
