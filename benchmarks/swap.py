@@ -119,11 +119,11 @@ class Swaps:
             await self._traffic(target, 1.0, expected)
             idle = await self._traffic(target, plan.idle_seconds, expected)
             swapping = asyncio.create_task(self._swap_all(page))
-            busy = await self._traffic(target, plan.seconds, expected)
+            busy = await self._traffic(target, plan.seconds, expected, swapping)
             await swapping
             before = _refused(page("/metrics"))
             refusing = asyncio.create_task(self._name_bad(bad, page))
-            troubled = await self._traffic(target, plan.seconds / 2, expected)
+            troubled = await self._traffic(target, plan.seconds / 2, expected, refusing)
             await refusing
             refused = round(_refused(page("/metrics")) - before)
         during = [ms for began, ms in busy.calls if self._is_during_swap(began, began + ms / 1000)]
@@ -155,9 +155,18 @@ class Swaps:
             scores[version] = [one.score for one in score_jobs(jobs, self._settings)]
         return scores
 
-    async def _traffic(self, target: str, seconds: float, expected: dict[str, list[np.ndarray]]) -> "_Traffic":
+    async def _traffic(
+        self,
+        target: str,
+        seconds: float,
+        expected: dict[str, list[np.ndarray]],
+        beside: "asyncio.Task[None] | None" = None,
+    ) -> "_Traffic":
+        """For so long, and as long as what runs beside it."""
         traffic = _Traffic(expected)
         traffic.failed = await call_for(target, self._requests, _CALLERS, seconds, traffic.take)
+        while beside is not None and not beside.done():
+            traffic.failed += await call_for(target, self._requests, _CALLERS, 1.0, traffic.take)
         return traffic
 
     async def _swap_all(self, page: Callable[[str], str]) -> None:
@@ -189,12 +198,11 @@ class Swaps:
             await asyncio.sleep(max(0.0, start + every * number - time.monotonic()))
             before = _refused(page("/metrics"))
             promote_version(self._registry, version)
-            end = time.monotonic() + every
+            end = time.monotonic() + _PATIENCE_SECONDS
             while time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)
                 if await asyncio.to_thread(lambda: _refused(page("/metrics"))) > before:
                     break
-            await asyncio.sleep(max(0.0, end - time.monotonic()))
 
     def _bad(self, number: int) -> str:
         """A bundle that must not serve."""

@@ -1,4 +1,4 @@
-"""Long work of a process that answers calls meanwhile: most of the time it leaves the interpreter to them.
+"""Long work of a process that answers calls meanwhile: half of the time it leaves the interpreter to them.
 
 Used where a bundle is loaded beside the one that serves. Invariant: without `beside_calls` nothing is slowed down.
 """
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 # Share of the time at work, and how long without a rest: two threads that compute take turns of 0.5 ms, so that an
 # answer of 10 ms would take 20 for as long as the work lasts.
-_SHARE, _STRETCH_SECONDS = 0.25, 0.001
+_SHARE, _STRETCH_SECONDS = 0.5, 0.001
 _is_beside_calls: ContextVar[bool] = ContextVar("is_beside_calls", default=False)
 
 

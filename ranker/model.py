@@ -330,7 +330,10 @@ def load_ranker(folder: Path, files: tuple[str, str] = MAIN) -> RankerModel:
         if _version(raw, config) != config.model_version:
             raise ArtifactError(f"{folder / weights} is not what {described} describes; train again or roll back")
         model = RankerModel(config)
-        model.load_state_dict(load_file(folder / weights))
+        state = load_file(folder / weights)
+        if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(f"{broken[0]} is not finite")
+        model.load_state_dict(state)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())[:200]
         raise ArtifactError(f"ranker in {folder} cannot be read ({problem}); train again or roll back") from error

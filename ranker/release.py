@@ -180,6 +180,8 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
     model = load_ranker(bundle.path)
     if model.config.model_version != manifest.model_version:
         raise ArtifactError(f"bundle {bundle.version} names ranker {manifest.model_version} but holds another")
+    # What costs little comes first: a bundle that must not serve is refused before its items are read.
+    calibration = load_calibration(bundle.path)
     catalog = Catalog(settings.features, with_revisions=True)
     for item in bundle.items():
         catalog.upsert(item)
@@ -190,7 +192,7 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
             f"vectors {vectors.shape}; train again with `headrace train`"
         )
     device = choose_device(settings.ranker.device)
-    scorer = Scorer(model, vectors, catalog.column("categories"), load_calibration(bundle.path), device)
+    scorer = Scorer(model, vectors, catalog.column("categories"), calibration, device)
     probe = load_probe(bundle.path) if bundle.has(RANKER_PROBE) else EMPTY
     scorer.network = choose_network(bundle, scorer, probe, settings.ranker.form)
     scorer.light = _light(bundle, scorer, probe, settings.ranker.form)
