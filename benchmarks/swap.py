@@ -198,11 +198,7 @@ class Swaps:
             await asyncio.sleep(max(0.0, start + every * number - time.monotonic()))
             before = _refused(page("/metrics"))
             promote_version(self._registry, version)
-            end = time.monotonic() + _PATIENCE_SECONDS
-            while time.monotonic() < end:
-                await asyncio.sleep(_POLL_SECONDS)
-                if await asyncio.to_thread(lambda: _refused(page("/metrics"))) > before:
-                    break
+            await asyncio.to_thread(_wait_for, lambda: _refused(page("/metrics")) > before, _PATIENCE_SECONDS)  # noqa: B023
 
     def _bad(self, number: int) -> str:
         """A bundle that must not serve."""

@@ -50,8 +50,8 @@ class Shown:
             now_ms: to decay to.
         """
         of_user: Mapping[str, tuple[float, int]] = self._shown.get(user_id, {})
-        counts = {item_id: self._decayed(entry, now_ms) for item_id, entry in of_user.items()}
-        return {item_id: 1 - 2.0**-count for item_id, count in counts.items() if item_id not in dealt_with}
+        ignored = ((item_id, entry) for item_id, entry in of_user.items() if item_id not in dealt_with)
+        return {item_id: 1 - 2.0 ** -self._decayed(entry, now_ms) for item_id, entry in ignored}
 
     def forget(self, user_ids: Iterable[str]) -> None:
         """These users were erased; nothing of theirs is kept again."""

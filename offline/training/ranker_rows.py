@@ -59,8 +59,8 @@ class _Chosen(NamedTuple):
     answered: Rows
     weights: Floats
     missed_count: int
-    # What would have been ranked, of which these are some.
-    whole: WholeList
+    # What would have been ranked, where these are a part of it.
+    whole: WholeList | None = None
 
 
 class RowMaker:
@@ -146,12 +146,12 @@ class RowMaker:
         """All that would be retrieved."""
         answered = self._answered(question, moment)
         fresh = ~np.isin(pool.rows, seen)
-        rows, scores = pool.rows[fresh], pool.scores[fresh]
+        rows = pool.rows[fresh]
         clicked = self._rows_of((item for item, label in question.click.items() if label > 0), len(moment.known))
         wanted = np.intersect1d(clicked, answered)
         missed = int((~np.isin(wanted, rows)).sum())
         bits, weights = pool.source_bits[fresh], np.ones(len(rows), np.float32)
-        return _Chosen(rows, scores, bits, pool.user_vector, answered, weights, missed, WholeList(rows, scores))
+        return _Chosen(rows, pool.scores[fresh], bits, pool.user_vector, answered, weights, missed)
 
     def _drawn(self, question: Question, pool: Pool, moment: Moment, seen: Rows, rng: np.random.Generator) -> _Chosen:
         """The answered items and some negatives; of events that no list led to, only items that were retrieved."""

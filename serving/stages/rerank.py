@@ -136,10 +136,11 @@ class BlendingReRanker:
         dealt_with = frozenset(entry.item_id for entry in user.state.history)
         tired = self._shown.fatigue(user.user_id, dealt_with, query.now_ms)
         at = places_of(query.release.catalog.rows(tired), rows)
-        if not (at >= 0).any():
+        found = at >= 0
+        if not found.any():
             return None
         fatigue = np.zeros(len(rows), np.float32)
-        fatigue[at[at >= 0]] = np.array(list(tired.values()), np.float32)[at >= 0]
+        fatigue[at[found]] = np.array(list(tired.values()), np.float32)[found]
         return fatigue
 
     def _fatigue_shift(self, signals: Signals) -> npt.NDArray[np.float64] | None:
