@@ -68,6 +68,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     own = {
         # One log: what was imported, and what the stream adds.
         "HEADRACE_STREAMS__EVENT_LOG_PATH": str(data.root),
+        # Many revisions in a short time: what was only shown is not held back.
+        "HEADRACE_STREAMS__SHOWN_BROADCAST_INTERVAL_MS": "1",
         "HEADRACE_SERVING__FEATURE_LOG_SHARE": "1",
         "HEADRACE_SERVING__FEATURE_LOG_OTHERS": str(OTHERS),
     }
@@ -169,8 +171,7 @@ def test_before_anybody_was_removed_all_of_them(served: Served, monkeypatch: pyt
     monkeypatch.setattr(UnerasedLog, "read", EventLog.read)
     log = UnerasedLog(served.root)
     answers = served.logged(log)
-    moved = {version for answer in answers for version in revisions(answer) if version[1] >= 0}
-    assert len(moved) > 300, "statistics have moved since the import"
+    assert len({version for answer in answers for version in revisions(answer)}) > 1000, "statistics have moved"
     assert sum(bool(answer.features.session_events) for answer in answers) > 10
     found = compare(answers, served.rebuilder(log, answers))
     assert not found.not_rebuilt
