@@ -1,7 +1,8 @@
 """Kafka clients, set up one way: a producer that acknowledges, a reader that follows compacted topics.
 
 Used by serving (ingestion, impressions), streams, candidate, ranker and the tools. Invariant: every producer uses
-the same partitioner, every failure is a StageError that names Kafka and its address.
+the same partitioner, every failure is a StageError that names Kafka and its address, and what counts as delivered
+has an offset.
 """
 
 import logging
@@ -125,8 +126,9 @@ class KafkaProducer:
         done.set_running_or_notify_cancel()
 
         def delivered(error: Any, message: Message) -> None:
-            if error is not None:
-                done.set_exception(StageError("kafka", f"{self._address} did not take a message: {error.str()}"))
+            problem = delivery_problem(error, message)
+            if problem is not None:
+                done.set_exception(StageError("kafka", f"{self._address} did not take a message: {problem}"))
             else:
                 done.set_result(Written(topic, message.partition() or 0, message.offset() or 0))
 
@@ -149,9 +151,9 @@ class KafkaProducer:
         `on_delivery` is told, on the producer's thread, whether Kafka has taken it.
         """
 
-        def report(error: Any, _: Message) -> None:
+        def report(error: Any, message: Message) -> None:
             if on_delivery is not None:
-                on_delivery(error is None)
+                on_delivery(delivery_problem(error, message) is None)
 
         options: dict[str, Any] = {} if on_delivery is None else {"on_delivery": report}
         try:
@@ -174,6 +176,19 @@ class KafkaProducer:
     def _poll(self) -> None:
         while self._running:
             self._producer.poll(0.1)
+
+
+def delivery_problem(error: Any, message: Message) -> str | None:
+    """Why a message must be taken for not delivered, from its delivery report.
+
+    A message without an offset was not acknowledged itself: librdkafka infers it from a later one of its partition.
+    Up to Kafka 4.3 that is no proof. A broker that has just become the partition's leader refuses the first request,
+    takes the second, and then refuses the first for good as out of order (KAFKA-15591). Sent again, the message may
+    be there twice, which its event_id tells.
+    """
+    if error is not None:
+        return str(error.str())
+    return None if message.offset() is not None else "acknowledged without an offset, so it may be lost"
 
 
 @dataclass(frozen=True, slots=True)

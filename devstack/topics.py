@@ -5,11 +5,17 @@ is named; a topic that exists is never changed.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
 
 from core.errors import StageError
 from core.kafka import client_config
@@ -95,18 +101,29 @@ def _create(
 
 
 def _wait_until_known(admin: AdminClient, names: Sequence[str], timeout_seconds: float) -> None:
-    """A topic is created some milliseconds before every client can see it and its leaders."""
+    """A topic is created some milliseconds before every client can see it and its leaders know that they lead.
+
+    Whoever sends to it earlier may lose messages: see core.kafka.delivery_problem.
+    """
     end = time.monotonic() + timeout_seconds
     while time.monotonic() < end:
         known = admin.list_topics(timeout=timeout_seconds).topics
-        if all(name in known and _has_leaders(known[name]) for name in names):
+        if all(name in known for name in names) and _are_led(admin, [known[name] for name in names], timeout_seconds):
             return
         time.sleep(0.02)
     raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the new topics got no leader in time"))
 
 
-def _has_leaders(topic: Any) -> bool:
-    return topic.error is None and all(partition.leader >= 0 for partition in topic.partitions.values())
+def _are_led(admin: AdminClient, topics: Iterable[Any], timeout_seconds: float) -> bool:
+    """Whether a leader answers for each partition, which metadata alone does not tell."""
+    asked: dict[TopicPartition, OffsetSpec] = {}
+    for topic in topics:
+        if topic.error is not None or any(partition.leader < 0 for partition in topic.partitions.values()):
+            return False
+        for number in topic.partitions:
+            asked[TopicPartition(topic.topic, number)] = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    answers = admin.list_offsets(asked, request_timeout=timeout_seconds).values()
+    return all(future.exception(timeout_seconds) is None for future in answers)
 
 
 def _not_compacted(admin: AdminClient, names: Sequence[str], timeout_seconds: float) -> list[str]:

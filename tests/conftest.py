@@ -109,10 +109,12 @@ def _local_broker(folder: Path) -> Iterator[dict[str, object]]:
     port = ports.take("kafka")
     spec = local_kafka_spec(kafka_home(), folder, port, ports.take("kafka-controller"))
     with subprocess.Popen(tied(spec.command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: spec.ready_problem() is None, spec.start_timeout_seconds, "kafka")
-        yield {"bootstrap_servers": f"127.0.0.1:{port}"}
-        process.kill()
-    ports.close()
+        try:
+            wait_until(lambda: spec.ready_problem() is None, spec.start_timeout_seconds, "kafka")
+            yield {"bootstrap_servers": f"127.0.0.1:{port}"}
+        finally:
+            process.kill()
+            ports.close()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.kafka import KafkaProducer, Record, TopicFollower, client_config, headers_of
+from core.kafka import KafkaProducer, Record, TopicFollower, client_config, delivery_problem, headers_of
 from core.settings import load_settings
 
 
@@ -37,6 +37,17 @@ def test_a_record_that_cannot_be_applied_is_left_out_and_the_others_go_on(
     finally:
         follower.stop()
         producer.close()
+
+
+@pytest.mark.parametrize(("offset", "is_delivered"), [(0, True), (7, True), (None, False)])
+def test_a_message_without_an_offset_is_not_delivered(offset: int | None, is_delivered: bool) -> None:
+    """That of a message which a broker refused as out of order, and which is nowhere in its log."""
+
+    class Reported:
+        def offset(self) -> int | None:
+            return offset
+
+    assert (delivery_problem(None, Reported()) is None) is is_delivered  # type: ignore[arg-type]
 
 
 def test_what_librdkafka_repeats_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
