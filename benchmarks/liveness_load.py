@@ -29,9 +29,9 @@ Floats = npt.NDArray[np.float32]
 
 K, _PROBE_K = 500, 20
 CHANGES_PER_SECOND, QUERIES_PER_SECOND = 200, 60
-# One change in so many is looked for.
-PROBE_EVERY = 20
-_POLL_SECONDS, _WATCH_SECONDS = 0.02, 0.02
+# One change in so many is looked for, and how often: questions, too, which must stay few beside the users'.
+PROBE_EVERY = 40
+_POLL_SECONDS, _WATCH_SECONDS = 0.05, 0.02
 _PATIENCE_SECONDS = 20.0
 
 
@@ -92,10 +92,17 @@ class Service:
 
 
 class Changes:
-    """Upserts and deletes in turn, at a fixed rate; some of them are looked for, each on a connection beside."""
+    """Upserts and deletes in turn, for so long; some of them are looked for, each on a connection beside.
 
-    def __init__(self, service: Service, towers: Towers, vectors: Floats, seed: int = 3) -> None:
-        self._service, self._towers, self._vectors = service, towers, vectors
+    What is sent is made before it starts: the queries' clocks run in this process, too.
+    """
+
+    def __init__(self, service: Service, towers: Towers, vectors: Floats, seconds: float, seed: int = 3) -> None:
+        self._service, self._vectors = service, vectors
+        self._items = [_new_item(number) for number in range(int(seconds * CHANGES_PER_SECOND) // 2)]
+        looked_for = self._items[:: PROBE_EVERY // 2]
+        made = encode_items(towers, looked_for)
+        self._vector_of = dict(zip([item.item_id for item in looked_for], made, strict=True))
         self._producer = KafkaProducer(service.settings.kafka)
         self._topic = Topics(service.settings.kafka.topic_prefix).items
         # Old items go first, then those that came.
@@ -106,24 +113,18 @@ class Changes:
         self._stopping = threading.Event()
         self._prober = threading.Thread(target=self._probe, name="prober", daemon=True)
 
-    def run(self, seconds: float) -> None:
-        """Sends for so long, then waits for what is looked for."""
+    def run(self) -> None:
+        """Sends all, then waits for what is looked for."""
         self._prober.start()
-        count = int(seconds * CHANGES_PER_SECOND)
-        items = [_new_item(number) for number in range(count // 2)]
-        looked_for = items[:: PROBE_EVERY // 2]
-        vector_of = dict(
-            zip([item.item_id for item in looked_for], encode_items(self._towers, looked_for), strict=True)
-        )
         begin = time.monotonic()
-        for number in range(count):
+        for number in range(2 * len(self._items)):
             wait = begin + number / CHANGES_PER_SECOND - time.monotonic()
             if wait > 0:
                 time.sleep(wait)
             if number % 2:
                 self._delete(number // 2)
             else:
-                self._upsert(items[number // 2], vector_of.get(items[number // 2].item_id))
+                self._upsert(self._items[number // 2])
         end = time.monotonic() + _PATIENCE_SECONDS
         while self._pending and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
@@ -135,7 +136,8 @@ class Changes:
         for _, is_upsert in self._pending:
             (self.seen.upsert_ms if is_upsert else self.seen.delete_ms).append(_PATIENCE_SECONDS * 1000)
 
-    def _upsert(self, item: Item, vector: Floats | None) -> None:
+    def _upsert(self, item: Item) -> None:
+        vector = self._vector_of.get(item.item_id)
         if vector is not None:
             self._expect(item.item_id, vector, is_upsert=True)
         self._producer.post(self._topic, item.item_id.encode(), item.SerializeToString())

@@ -28,7 +28,9 @@ class Feeds:
     """What keeps one snapshot fresh."""
 
     def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
-        self.catalog = CatalogFeed(snapshot, snapshot.manifest, settings, metrics.count_malformed, snapshot.tidy)
+        self.catalog = CatalogFeed(
+            snapshot, snapshot.manifest, settings, metrics.count_malformed, snapshot.apply_changes
+        )
         # Without a quota nobody asks for the pairs, and the replica saves itself the reading of all events.
         has_quota = settings.candidate.quotas["co_visitation"] > 0
         self.events = EventFeed(snapshot.co_visitation, settings) if has_quota else None

@@ -1,12 +1,13 @@
 """One release as the candidate service holds it: towers, catalogue, vectors, index and attributes that agree.
 
 Loaded from a bundle, then kept fresh by one writer (candidate/feed.py). Invariant: a request reads one snapshot from
-beginning to end; towers, vectors and index of different embedding versions refuse to load; an item's vector is in the
-index exactly while the item is in the catalogue.
+beginning to end; towers, vectors and index of different embedding versions refuse to load; after each batch of changes
+an item's vector is in the index exactly while the item is in the catalogue.
 """
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from candidate.shard import Shard
 from candidate.towers import Towers, load_towers
 from core.bundle import CO_VISITATION, INDEX, ITEM_STATS, ITEM_VECTORS, Manifest, ReleaseBundle
 from core.errors import ArtifactError
+from core.pace import paced
 from core.settings import Settings
 from core.telemetry import get_logger
 from features import item_vectors
@@ -30,6 +32,8 @@ _log = get_logger("candidate")
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+# Few, so that calls beside them wait for none of them for long.
+_ENCODED_AT_ONCE = 32
 # What is servable is looked at again after this long: items are published and expire by the clock.
 _SERVABLE_MS = 100
 
@@ -58,6 +62,8 @@ class Snapshot:
         self._towers = towers
         self._shard = Shard.of(settings.candidate)
         self._servable: tuple[int, int, Bools] = (-1, 0, np.zeros(0, np.bool_))
+        # What the index does not know yet, by row; None = removed.
+        self._changed: dict[int, Item | None] = {}
         for row, item in enumerate(catalog.items):
             self.attributes.put(row, item)
         self.tell_sizes()
@@ -81,34 +87,43 @@ class Snapshot:
         return known[2]
 
     def put_item(self, item: Item) -> None:
-        """Adds or changes an item; searches that begin afterwards see it."""
+        """Adds or changes an item. Searches see it after `apply_changes`."""
         row = self.catalog.row(item.item_id)
         before = self.catalog.items[row] if row >= 0 else None
-        vector = encode_items(self._towers, [item])[0]
         row = self.catalog.upsert(item)
         self.attributes.put(row, item, before)
-        if self._shard.owns(item.item_id):
-            self.index.upsert(row, vector)
-        else:
-            self.index.keep(row, vector)
+        self._changed[row] = item
         self.items_revision += 1
         metrics.items_applied.labels("upsert").inc()
 
     def remove_item(self, item_id: str) -> None:
-        """Takes an item out; searches that begin afterwards do not see it."""
+        """Takes an item out: it is not servable from now on, and leaves the index with `apply_changes`."""
         row = self.catalog.remove(item_id)
         if row >= 0:
-            self.index.remove(row)
+            self._changed[row] = None
             self.items_revision += 1
             metrics.items_applied.labels("remove").inc()
 
     def put_stats(self, stats: ItemStats) -> None:
         self.catalog.put_stats(stats)
 
-    def tidy(self) -> None:
-        """After a batch of changes."""
+    def apply_changes(self) -> None:
+        """After a batch: what came is encoded together, and the index follows the catalogue."""
+        changed, self._changed = self._changed, {}
+        if gone := [row for row, item in changed.items() if item is None]:
+            self.index.remove_many(gone)
+        come = [(row, item) for row, item in changed.items() if item is not None]
+        for some in paced(come[start : start + _ENCODED_AT_ONCE] for start in range(0, len(come), _ENCODED_AT_ONCE)):
+            self._put_vectors(*zip(*some, strict=True))
         self.rebuild_index_if_due()
         self.tell_sizes()
+
+    def _put_vectors(self, rows: Sequence[int], items: Sequence[Item]) -> None:
+        vectors = encode_items(self._towers, items)
+        ours = [at for at, item in enumerate(items) if self._shard.owns(item.item_id)]
+        self.index.upsert_many([rows[at] for at in ours], vectors[ours])
+        for at in set(range(len(items))).difference(ours):
+            self.index.keep(rows[at], vectors[at])
 
     def rebuild_index_if_due(self) -> None:
         """Merges the index's delta in the background when it has grown."""

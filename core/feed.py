@@ -6,10 +6,12 @@ and left out, and Kafka being away delays news and never ends the service.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from core.clock import Clock, SystemClock
 from core.errors import MalformedEventError
 from core.kafka import Record, StartOffsets, TopicFollower
+from core.pace import beside_calls, paced
 from core.settings import KafkaSettings
 from core.telemetry import get_logger
 
@@ -67,15 +69,16 @@ class TopicFeed(ABC):
         return True
 
     def apply(self, records: list[Record]) -> None:
-        """Applies messages in order."""
+        """Applies messages in order; once there are calls to answer, with rests for them."""
         self._heard_at = self._clock.monotonic()
-        for record in records:
-            try:
-                self.apply_one(record)
-            except MalformedEventError as error:
-                self._on_malformed(record.topic)
-                _log.warning("left out", topic=record.topic, offset=record.offset, problem=str(error))
-        self.batch_applied(len(records))
+        with beside_calls() if self.has_caught_up else nullcontext():
+            for record in paced(records):
+                try:
+                    self.apply_one(record)
+                except MalformedEventError as error:
+                    self._on_malformed(record.topic)
+                    _log.warning("left out", topic=record.topic, offset=record.offset, problem=str(error))
+            self.batch_applied(len(records))
 
     @abstractmethod
     def apply_one(self, record: Record) -> None:

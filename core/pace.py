@@ -1,6 +1,7 @@
 """Long work of a process that answers calls meanwhile: half of the time it leaves the interpreter to them.
 
-Used where a bundle is loaded beside the one that serves. Invariant: without `beside_calls` nothing is slowed down.
+Used where a bundle is loaded beside the one that serves, and where news of topics are applied. Invariant: without
+`beside_calls` nothing is slowed down.
 """
 
 import time
