@@ -154,9 +154,7 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
     Raises:
         ArtifactError: a part is missing, broken, or of another version than the others.
     """
-    catalog = Catalog(settings.features)
-    for item in bundle.items():
-        catalog.upsert(item)
+    catalog = Catalog.of_items(bundle.items(), settings.features)
     towers = load_towers(bundle.path)
     vectors = read_item_vectors(bundle)
     if vectors.shape != (len(catalog), towers.config.dimension):
@@ -165,8 +163,7 @@ def load_snapshot(bundle: ReleaseBundle, settings: Settings) -> Snapshot:
             f"{towers.config.dimension}; run `headrace train`"
         )
     if bundle.has(ITEM_STATS):
-        for stats in bundle.item_stats():
-            catalog.put_stats(stats)
+        catalog.put_all_stats(bundle.item_stats())
     index = load_index(bundle.file(INDEX), vectors)
     index.delta_max_items = settings.candidate.index_delta_max_items
     version = towers.embedding_version

@@ -74,6 +74,14 @@ class Catalog:
         self._columns: dict[str, npt.NDArray[Any]] = {}
         self._grow(1024)
 
+    @classmethod
+    def of_items(cls, items: Iterable[Item], settings: FeaturesSettings, *, with_revisions: bool = False) -> "Catalog":
+        """A catalogue of these items, in their order: a bundle's item vectors go by it."""
+        catalog = cls(settings, with_revisions=with_revisions)
+        for item in items:
+            catalog.upsert(item)
+        return catalog
+
     def __len__(self) -> int:
         return len(self.item_ids)
 
@@ -140,6 +148,11 @@ class Catalog:
             if revision:
                 self._revisions.setdefault(row, {})[stats.source_partition] = revision
         return row
+
+    def put_all_stats(self, stats: Iterable[ItemStats]) -> None:
+        """`put_stats` of each. After the items: statistics alone give an item a row, too."""
+        for one in stats:
+            self.put_stats(one)
 
     def put_partial(self, item_id: str, source_partition: int, partial: ItemPartial) -> int:
         """`put_stats` for whoever has the sums at hand already."""

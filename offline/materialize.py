@@ -233,9 +233,7 @@ def _popularity_write(segment: str, ranked: Sequence[tuple[str, float]], waterma
 def _embedding_writes(states: Mapping[str, UserState], bundle: ReleaseBundle, settings: Settings) -> Iterator[Write]:
     encoder = UserEncoder(load_towers(bundle.path), settings.features)
     # Vectors go by the bundle's own rows; the log may know more items by now.
-    catalog = Catalog(settings.features)
-    for item in bundle.items():
-        catalog.upsert(item)
+    catalog = Catalog.of_items(bundle.items(), settings.features)
     item_vectors = read_item_vectors(bundle.path)
     version = bundle.manifest.embedding_version
     users = iter(states.items())

@@ -182,9 +182,7 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
         raise ArtifactError(f"bundle {bundle.version} names ranker {manifest.model_version} but holds another")
     # What costs little comes first: a bundle that must not serve is refused before its items are read.
     calibration = load_calibration(bundle.path)
-    catalog = Catalog(settings.features, with_revisions=True)
-    for item in bundle.items():
-        catalog.upsert(item)
+    catalog = Catalog.of_items(bundle.items(), settings.features, with_revisions=True)
     vectors, _ = read_item_vectors(bundle.file(ITEM_VECTORS))
     if vectors.shape != (len(catalog), model.config.dimension):
         raise ArtifactError(
@@ -196,8 +194,7 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
     probe = load_probe(bundle.path) if bundle.has(RANKER_PROBE) else EMPTY
     scorer.network = choose_network(bundle, scorer, probe, settings.ranker.form)
     scorer.light = _light(bundle, scorer, probe, settings.ranker.form)
-    for stats in bundle.item_stats():
-        catalog.put_stats(stats)
+    catalog.put_all_stats(bundle.item_stats())
     cascade = Cascade(settings.ranker.cascade_keep, clock)
     release = Release(bundle, catalog, scorer, cascade, clock.now_ms())
     warm_up(release, settings)

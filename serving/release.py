@@ -77,14 +77,11 @@ def load_release(bundle: ReleaseBundle, settings: Settings) -> Release:
     Raises:
         ArtifactError: a part is missing or broken, or nothing in it may be recommended.
     """
-    catalog = Catalog(settings.features)
-    for item in bundle.items():
-        catalog.upsert(item)
+    catalog = Catalog.of_items(bundle.items(), settings.features)
     if not len(catalog):
         raise ArtifactError(f"bundle {bundle.version} has no items; import some and train again")
     if bundle.has(bundles.ITEM_STATS):
-        for stats in bundle.item_stats():
-            catalog.put_stats(stats)
+        catalog.put_all_stats(bundle.item_stats())
     popular = PopularLists(catalog, bundle.json(bundles.POPULARITY))
     weights = dict(settings.serving.blend_weights)
     of_segments: dict[str, dict[str, float]] = {}

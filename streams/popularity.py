@@ -146,9 +146,7 @@ class PopularityWriter:
             if current_version(registry) == self._bundle_version:
                 return
             bundle = open_current(registry)
-            fresh, watermark_ms = Catalog(self._settings.features), 0
-            for item in bundle.items():
-                fresh.upsert(item)
+            fresh, watermark_ms = Catalog.of_items(bundle.items(), self._settings.features), 0
             for stats in bundle.item_stats():
                 fresh.put_stats(stats)
                 watermark_ms = max(watermark_ms, stats.watermark_ms)

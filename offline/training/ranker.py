@@ -140,10 +140,7 @@ def train_ranker(
 
 def _categories(items: Sequence[Item], settings: Settings) -> Rows:
     """Category numbers of the items, as the catalogue gives them, [n, 4]."""
-    catalog = Catalog(settings.features)
-    for item in items:
-        catalog.upsert(item)
-    return catalog.column("categories")
+    return Catalog.of_items(items, settings.features).column("categories")
 
 
 def _device(name: str) -> torch.device:

@@ -79,9 +79,7 @@ class RowMaker:
         self._entries, self._items, self._sources, self._settings = entries, items, sources, settings
         self._excluding = frozenset(settings.serving.exclude_seen_kinds)
         # Names of the rows, without statistics.
-        self._names = Catalog(settings.features)
-        for item in items:
-            self._names.upsert(item)
+        self._names = Catalog.of_items(items, settings.features)
 
     def make(self, questions: Sequence[Question], whole_pool: Sequence[bool], advance: Advance) -> list[Row | None]:
         """Rows in the order of the questions; None for a question without any candidate.

@@ -84,9 +84,7 @@ def test_every_view_is_filled(shop, bundle, online, store, replay):
 
 def test_vectors_are_the_towers_of_the_state_that_was_written(shop, bundle, online, store, replay):
     summary = materialize(shop.root, bundle, online, progress=False)
-    catalog = Catalog(online.features)
-    for item in bundle.items():
-        catalog.upsert(item)
+    catalog = Catalog.of_items(bundle.items(), online.features)
     users = sorted(replay.states)
     encoder = UserEncoder(load_towers(bundle.path), online.features)
     states = [replay.states[user] for user in users]

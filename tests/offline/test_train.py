@@ -63,13 +63,10 @@ def test_the_bundle_is_whole_and_agrees_with_itself(bundle, shop, settings, regi
 
 
 def test_statistics_and_popularity_are_as_of_the_watermark(bundle, settings):
-    catalog = Catalog(settings.features)
-    for item in bundle.items():
-        catalog.upsert(item)
+    catalog = Catalog.of_items(bundle.items(), settings.features)
     stats = list(bundle.item_stats())
     assert {one.source_partition for one in stats} == {-1}
-    for one in stats:
-        catalog.put_stats(one)
+    catalog.put_all_stats(stats)
     assert len(catalog) == bundle.manifest.item_count, "statistics name no other items"
     popularity = catalog.popularity(bundle.manifest.data_watermark_ms)
     lists = bundle.json(names.POPULARITY)
