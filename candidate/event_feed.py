@@ -8,14 +8,11 @@ from candidate import metrics
 from candidate.co_visitation import LEAD_IN_MESSAGES, CoVisitation
 from core.codec import check_event, decode
 from core.feed import TopicFeed
-from core.kafka import Record, StartOffsets, topic_sources
+from core.kafka import GATHER_LONG_MS, Record, StartOffsets, topic_sources
 from core.settings import Settings
 from core.topics import Topics
 from features.windows import Position, as_user_event
 from headrace.v1.events_pb2 import Event, Feedback
-
-# Pairs are learnt from thousands of events; no request waits for the newest.
-_GATHER_MS = 250
 
 
 class EventFeed(TopicFeed):
@@ -28,7 +25,7 @@ class EventFeed(TopicFeed):
         self._kafka = settings.kafka
         # Identity of each topic; known once the broker was asked.
         self._sources: dict[str, int] = {}
-        super().__init__(settings.kafka, self._followed, self.resume, metrics.count_malformed, gather_ms=_GATHER_MS)
+        super().__init__(settings.kafka, self._followed, self.resume, metrics.count_malformed, gather_ms=GATHER_LONG_MS)
 
     def resume(self) -> StartOffsets:
         """Where to begin. A topic that was made anew is another source, of which nothing is included."""

@@ -79,6 +79,10 @@ def client_config(settings: KafkaSettings) -> dict[str, Any]:
     }
 
 
+# How long records of a quiet topic may come together: a fetch for each of a thousand events a second costs the broker
+# half a core. The first where answers go by what comes (items, erasures), the second where nothing needs it at once
+# (what is learnt from thousands of events, or written once a second).
+GATHER_MS, GATHER_LONG_MS = 100, 250
 # Who gathers takes what is there when it is so much: while catching up, it does not wait.
 _GATHER_BYTES = 100_000
 
@@ -229,8 +233,7 @@ class TopicFollower:
     ) -> None:
         """`start_offsets` may be a function, asked once Kafka answers (StageError: it is asked again).
 
-        With `gather_ms`, records may come so much later, together: a fetch for each of a thousand events a second costs
-        the broker half a core.
+        With `gather_ms`, records may come so much later, together: GATHER_MS or GATHER_LONG_MS.
         """
         self._from_end = from_end
         self._gather_ms = gather_ms

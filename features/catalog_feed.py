@@ -11,13 +11,10 @@ from core.bundle import Manifest
 from core.clock import Clock
 from core.codec import check_item, decode
 from core.feed import TopicFeed
-from core.kafka import Record, StartOffsets
+from core.kafka import GATHER_MS, Record, StartOffsets
 from core.settings import Settings
 from core.topics import Topics
 from headrace.v1.events_pb2 import Item, ItemStats
-
-# News of items may come so much later, together.
-_GATHER_MS = 100
 
 
 class CatalogTarget(Protocol):
@@ -54,7 +51,7 @@ class CatalogFeed(TopicFeed):
         self._topics = Topics(settings.kafka.topic_prefix)
         followed = (self._topics.items, self._topics.item_stats)
         super().__init__(
-            settings.kafka, followed, _start_offsets(manifest, settings), on_malformed, clock, gather_ms=_GATHER_MS
+            settings.kafka, followed, _start_offsets(manifest, settings), on_malformed, clock, gather_ms=GATHER_MS
         )
 
     def apply_one(self, record: Record) -> None:

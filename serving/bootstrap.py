@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from core.clock import Clock, SystemClock
 from core.codec import from_ms
 from core.grpc_runtime import GrpcServer
-from core.kafka import KafkaProducer, Record, TopicFollower
+from core.kafka import GATHER_MS, KafkaProducer, Record, TopicFollower
 from core.process import Process, freeze_heap
 from core.settings import ServingSettings, Settings
 from core.telemetry import get_logger
@@ -57,8 +57,6 @@ DEPENDENCIES = ("redis", "candidate", "ranker", "kafka")
 # Impressions wait for company: their statistics are counted together. An ingested event does not.
 _IMPRESSION_LINGER_MS = 200
 _WARM_UPS = 3
-# An erased user may be remembered so much longer.
-_ERASURE_GATHER_MS = 100
 
 
 async def serve(settings: Settings, process: Process) -> None:
@@ -155,7 +153,7 @@ def _follow_tombstones(settings: Settings, topics: Topics, memories: Sequence[Me
             for memory in memories:
                 loop.call_soon_threadsafe(memory.forget, erased)
 
-    follower = TopicFollower(settings.kafka, (topics.users,), forget, from_end=True, gather_ms=_ERASURE_GATHER_MS)
+    follower = TopicFollower(settings.kafka, (topics.users,), forget, from_end=True, gather_ms=GATHER_MS)
     follower.start()
     return follower
 

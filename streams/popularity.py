@@ -11,7 +11,7 @@ import numpy as np
 
 from core.bundle import current_version, open_current
 from core.errors import ArtifactError, MalformedEventError, StageError
-from core.kafka import Record, TopicFollower
+from core.kafka import GATHER_LONG_MS, Record, TopicFollower
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
@@ -27,8 +27,6 @@ _log = get_logger("streams.popularity")
 ALL = "all"
 # About half a millisecond's work, and a longer pause.
 _SIP_ROWS, _SIP_PAUSE_SECONDS = 30, 0.002
-# The list is written once a second: no record is needed at once.
-_GATHER_MS = 250
 
 
 class PopularityWriter:
@@ -53,7 +51,7 @@ class PopularityWriter:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="popularity", daemon=True)
         topics = (self._topics.items, self._topics.item_stats)
-        self._follower = TopicFollower(settings.kafka, topics, self.on_records, gather_ms=_GATHER_MS)
+        self._follower = TopicFollower(settings.kafka, topics, self.on_records, gather_ms=GATHER_LONG_MS)
 
     def start(self) -> None:
         self._follower.start()
