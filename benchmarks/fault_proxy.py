@@ -10,6 +10,7 @@ import socket
 import struct
 from collections import deque
 from enum import StrEnum
+from typing import cast
 
 from devstack.ports import LOOPBACK
 
@@ -123,8 +124,7 @@ class _Client(asyncio.Protocol):
         self._connecting: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._link = _Link(self._proxy, transport)
+        self._link = _Link(self._proxy, cast(asyncio.Transport, transport))
         self._connecting = asyncio.ensure_future(self._connect())
         if self._proxy.mode is Mode.FLAKY:
             self._link.fate()

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,7 @@ from benchmarks.fault_load import Load, Verdict, World
 from benchmarks.fault_stack import FaultStack, fault_stack
 from benchmarks.fault_table import CASES, Case
 from benchmarks.fault_world import make_world
+from core.process import freeze_heap
 from devstack.backend import EventSender, percentiles
 
 _PER_SECOND = 20.0
@@ -152,6 +154,8 @@ async def run(cases: Sequence[Case], home: Path, seconds: float, on_result: Any)
     made = await asyncio.to_thread(make_world, home, _say)
     async with fault_stack(home) as stack:
         world = await asyncio.to_thread(made.fill, stack.settings)
+        # The collector would walk all that was made, and load and proxies with it stand still for tenths of a second.
+        freeze_heap()
         matrix = Matrix(stack, world, made.probe_users, seconds)
         for case in cases:
             result = await matrix.run(case)
@@ -204,7 +208,7 @@ class _Found(NamedTuple):
 def _measure(given: argparse.Namespace, work: Path) -> _Found:
     cases = chosen(QUICK if given.quick and not given.case else given.case)
     seconds = _QUICK_SECONDS if given.quick else given.seconds
-    return _Found(asyncio.run(run(cases, work, seconds, _tell)), seconds)
+    return _Found(uvloop.run(run(cases, work, seconds, _tell)), seconds)
 
 
 def _show(found: _Found, console: Console) -> None:

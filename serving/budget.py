@@ -13,6 +13,9 @@ _SHORT_SCALE = 0.9
 # Share of the rank's time that the stages before it may take when they are late: without a user or candidates there is
 # nothing to rank, and a model that is well needs a tenth of its time.
 _LOAN = 0.5
+# An answer from the ladder, its encoding and the network take as long for a caller in a hurry as for others; but of a
+# very short deadline they get no more than this share.
+_WAY_BACK_MS, _WAY_BACK_SHARE = 10.0, 0.25
 _STAGES = ("hydrate", "retrieve", "rank", "rerank", "margin")
 
 
@@ -65,7 +68,8 @@ class Budget:
     @property
     def last_call(self) -> Deadline:
         """When to stop waiting for any stage: each has its end before, but on a full machine none is told in time."""
-        return self.deadline.minus_ms(self._of("margin") * self.scale / 2)
+        way_back_ms = min(_WAY_BACK_MS, _WAY_BACK_SHARE * self._given_ms)
+        return self.deadline.minus_ms(max(self._of("margin") * self.scale / 2, way_back_ms))
 
     @property
     def is_short(self) -> bool:

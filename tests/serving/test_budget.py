@@ -36,9 +36,15 @@ def test_a_shorter_deadline_scales_them_all() -> None:
 
 
 @given(st.floats(1, 10_000))
-def test_nothing_is_waited_for_past_the_end_of_its_stage_and_half_of_the_margin(given_ms) -> None:
+def test_no_stage_ends_after_the_last_call(given_ms) -> None:
     budget = budget_of(given_ms, ManualClock())
     assert budget.stage("rank").at <= budget.last_call.at < budget.deadline.at
+
+
+@pytest.mark.parametrize(("given_ms", "kept_ms"), [(250, 15), (100, 10), (20, 5)])
+def test_the_way_back_is_no_shorter_for_a_caller_in_a_hurry(given_ms, kept_ms) -> None:
+    budget = budget_of(given_ms, ManualClock())
+    assert budget.last_call.remaining_ms() == pytest.approx(given_ms - kept_ms)
 
 
 def test_time_left_over_goes_to_the_next_stage() -> None:
