@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from candidate.co_visitation import CoVisitation
 from candidate.encoder import UserEncoder
 from candidate.history import kind_names
 from candidate.snapshot import Snapshot
@@ -22,7 +23,7 @@ from features import windows
 from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, IMPRESSIONS, ITEMS, to_table
-from features.vectors import CANDIDATE_FEATURES, Listed, ranker_input
+from features.vectors import CANDIDATE_FEATURES, WholeList, ranker_input
 from features.windows import UserEvent
 from headrace.v1.events_pb2 import Event, Impression, ImpressionList, Item
 from offline.co_visitation import PairsTimeline
@@ -307,27 +308,38 @@ def test_the_same_training_gives_the_same_model(
     assert again.model.config.model_version == load_ranker(trained[0]).config.model_version
 
 
+def moment_of(replay: Replay, pairs: CoVisitation, now_ms: int) -> Moment:
+    catalog = replay.catalog
+    popularity = catalog.popularity(now_ms, 0)
+    return Moment(catalog.servable(now_ms), popularity, catalog.column("publish_ms"), pairs, now_ms)
+
+
 def test_features_know_nothing_of_their_own_time(tastes: EventLog, small: Settings) -> None:
-    """A row equals what the request computes from a replay that stops before the question."""
+    """A row equals what the request computes, as part of its list, from a replay that stops before the question."""
     items = list(tastes.items())
     towers = untrained_towers(items, small)
     entries = list(read_entries(tastes))
     encoder = UserEncoder(towers.towers, small.features)
     sources = CandidateSources(encoder, towers.item_vectors, small)
     questions = questions_of(entries, small)[200:800:60]
-    made = RowMaker(entries, items, sources, small).make(questions, [False] * len(questions), lambda _: None)
-    for question, row in zip(questions, made, strict=True):
+    maker = RowMaker(entries, items, sources, small)
+    drawn, lists = (maker.make(questions, [whole] * len(questions), lambda _: None) for whole in (False, True))
+    retrieval_score, first_source = (CANDIDATE_FEATURES.index(name) for name in ("retrieval_score", "from_ann"))
+    moment, parts = None, 0
+    for question, row, listed in zip(questions, drawn, lists, strict=True):
         assert row is not None
+        assert listed is not None
         replay = Replay(items, small.features)
-        replay.advance(entry for entry in entries if entry.time_ms < question.time_ms)
+        before = [entry for entry in entries if entry.time_ms < question.time_ms]
+        replay.advance(before)
         bits = np.zeros(len(row.labels), np.int32)
-        scores = row.features.candidates[:, CANDIDATE_FEATURES.index("retrieval_score")]
+        scores = row.features.candidates[:, retrieval_score]
         state = replay.state(question.user_id)
-        listed = Listed.of_features(row.features.user, row.features.candidates)
+        whole = WholeList(listed.features.candidate_rows, listed.features.candidates[:, retrieval_score])
+        parts += len(row.labels) < len(whole.rows)
         again = ranker_input(
-            state, replay.catalog, row.features.candidate_rows, scores, bits, question.time_ms, small.features, listed
+            state, replay.catalog, row.features.candidate_rows, scores, bits, question.time_ms, small.features, whole
         )
-        first_source = CANDIDATE_FEATURES.index("from_ann")
         np.testing.assert_array_equal(row.features.candidates[:, :first_source], again.candidates[:, :first_source])
         np.testing.assert_array_equal(row.features.history_rows, again.history_rows)
         np.testing.assert_array_equal(row.features.user, again.user)
@@ -335,9 +347,16 @@ def test_features_know_nothing_of_their_own_time(tastes: EventLog, small: Settin
         assert (row.user_vector is not None) == bool(known[0])
         if row.user_vector is not None:
             np.testing.assert_allclose(row.user_vector, vectors[0], atol=1e-5)
+        # What there is to retrieve is looked up for many questions together, as of the first.
+        moment = moment or moment_of(replay, PairsTimeline(before, small).before(question.time_ms), question.time_ms)
+        (pool,) = sources.pools([state], replay.catalog, moment)
+        seen = replay.catalog.rows(windows.recent_items(state, frozenset(small.serving.exclude_seen_kinds)))
+        assert set(whole.rows.tolist()) == set(pool.rows.tolist()) - set(seen.tolist())
+        np.testing.assert_allclose(whole.scores, sources.provenance(pool, whole.rows)[0], rtol=1e-4, atol=1e-5)
         clicked = {item for item, label in question.click.items() if label > 0}
         positive = row.features.candidate_rows[row.labels[:, 0] > 0]
         assert {replay.catalog.item_ids[row_] for row_ in positive} == clicked
+    assert parts > 2
 
 
 def test_events_from_before_ms_on_change_nothing(
@@ -402,12 +421,11 @@ def test_items_that_go_together_are_those_that_the_candidate_service_would_bring
     replay.advance(entries)
     catalog, now_ms = replay.catalog, replay.watermark_ms + 1
     pairs = PairsTimeline(entries, small).before(now_ms)
-    known = catalog.servable(now_ms)
-    moment = Moment(known, catalog.popularity(now_ms, 0), catalog.column("publish_ms"), pairs, now_ms)
+    moment = moment_of(replay, pairs, now_ms)
     state = replay.state("user-1")
     (pool,) = sources.pools([state], catalog, moment)
     seeds = catalog.rows(windows.recent_items(state, frozenset(small.features.positive_kinds)))
-    query = Query(None, seeds[: small.candidate.item_to_item_seeds].astype(np.int64), known, now_ms)
+    query = Query(None, seeds[: small.candidate.item_to_item_seeds].astype(np.int64), moment.known, now_ms)
     snapshot = cast(Snapshot, SimpleNamespace(catalog=catalog, co_visitation=pairs))
     hits = CoVisitationSource().retrieve(snapshot, query, small.candidate.quotas["co_visitation"])
     assert len(hits.rows) > 5
