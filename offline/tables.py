@@ -3,6 +3,11 @@
 Invariant: decides nothing; shows what they return.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,6 +19,14 @@ from offline.evaluate import Evaluation
 from offline.feature_log import Comparison
 from offline.history import HistorySummary
 from offline.materialize import MaterializeSummary
+
+
+def show(result: Any, as_json: dict[str, Any], table: Callable[[Any, Console], None], *, json: bool) -> None:
+    """A result as one line of JSON, or as its table."""
+    if json:
+        typer.echo(orjson.dumps(as_json).decode())
+    else:
+        table(result, Console())
 
 
 def print_bundle(bundle: ReleaseBundle, console: Console) -> None:
