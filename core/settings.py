@@ -176,7 +176,9 @@ class RankerSettings(_Section):
     max_batch_size: Annotated[int, Field(gt=0, le=1024)]
     max_wait_ms: Annotated[float, Field(ge=0)]
     queue_max: Positive
-    form: Literal["auto", "torch", "bf16", "onnx", "onnx-int8"]
+    form: Literal["auto", "torch", "bf16", "onnx", "onnx-int8", "triton"]
+    triton_target: str
+    triton_timeout_ms: PositiveMs
     keep_previous: bool
     shadow_queue_max: Positive
     cascade_keep: Annotated[int, Field(ge=0)]

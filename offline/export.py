@@ -33,6 +33,7 @@ from ranker.forms import (
     ONNX,
     ONNX_INPUTS,
     ONNX_INT8,
+    TRITON,
     Bf16Network,
     Network,
     OnnxNetwork,
@@ -43,11 +44,12 @@ from ranker.forms import (
 from ranker.model import CLICK, HEADS, LIGHT, ItemTable, RankerBatch, RankerModel, item_table, load_ranker
 from ranker.probe import Probe, load_probe
 from ranker.scorer import collate
+from ranker.triton import BUNDLE_VERSION, ITEM_COUNT, OUTPUT, model_name, tensors
 
 MAX_NDCG_LOSS = 0.01
 FILES = {ONNX: names.RANKER_ONNX, ONNX_INT8: names.RANKER_INT8}
 _OPSET = 18
-_TRITON_BATCH = 64
+_TRITON_USERS = 64
 # Weights that share a scale.
 _INT8_BLOCK = 32
 # Inputs with a second free axis.
@@ -110,7 +112,7 @@ def write_form(folder: Path, form: str, settings: Settings) -> Drift:
     elif form == ONNX:
         _write_onnx(model, folder / names.RANKER_ONNX)
     elif form != BF16:
-        raise ConfigError(f"--form {form}: say {ONNX}, {ONNX_INT8}, {BF16} or triton")
+        raise ConfigError(f"--form {form}: say {ONNX}, {ONNX_INT8}, {BF16} or {TRITON}")
     network = Bf16Network(model, torch.device("cpu")) if form == BF16 else OnnxNetwork(folder / FILES[form], form)
     drift = measure(folder, network, model, settings)
     try:
@@ -160,26 +162,33 @@ def probe_batches(probe: Probe, dimension: int, item_count: int) -> list[RankerB
 
 
 def write_triton(folder: Path, target: Path, settings: Settings) -> Path:
-    """A Triton model repository: `target/headrace_ranker/config.pbtxt` and `1/model.onnx`, with dynamic batching.
+    """A model for a Triton repository: `config.pbtxt` and `1/model.onnx` in a folder of `target` named by the bundle.
 
-    The items' vectors and categories are in the file, so that requests of several users make one batch. Triton
-    batches requests of equal shape only: pad candidates to one length (rows of -1).
+    The items' vectors and categories are in the file, so that requests of several users make one batch. Triton batches
+    requests of equal shape only: ranker/triton.py pads candidates to few lengths. Where it is refused, nothing is
+    written.
+
+    Raises:
+        ArtifactError: no such bundle, or the form drifts too far.
+        ConfigError: the exporter is not installed.
     """
+    version = open_bundle(folder).version
     model = load_ranker(folder)
     table = _table(model, folder, settings)
-    home = target / "headrace_ranker"
-    (home / "1").mkdir(parents=True, exist_ok=True)
-    path = home / "1" / "model.onnx"
-    _write_onnx(model, path, table)
-    measure(folder, OnnxNetwork(path, ONNX), model, settings).check()
-    batch, _ = _example(model)
-    kinds = {torch.float32: "TYPE_FP32", torch.int64: "TYPE_INT64"}
-    lines = ['name: "headrace_ranker"', 'platform: "onnxruntime_onnx"', f"max_batch_size: {_TRITON_BATCH}"]
-    for name, tensor in zip(RankerBatch._fields, batch, strict=True):
-        dims = ["-1" if axis == 1 and name in _FREE else str(size) for axis, size in enumerate(tensor.shape)][1:]
-        lines.append(f'input {{ name: "{name}" data_type: {kinds[tensor.dtype]} dims: [ {", ".join(dims)} ] }}')
-    lines.append(f'output {{ name: "logits" data_type: TYPE_FP32 dims: [ -1, {len(HEADS)} ] }}')
+    home = target / model_name(version)
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.onnx"
+        _write_onnx(model, path, table)
+        measure(folder, OnnxNetwork(path, ONNX), model, settings).check()
+        (home / "1").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, home / "1" / path.name)
+    lines = [f'name: "{home.name}"', 'platform: "onnxruntime_onnx"', f"max_batch_size: {_TRITON_USERS}"]
+    for name, (kind, dims) in tensors(model.config.dimension).items():
+        lines.append(f'input {{ name: "{name}" data_type: TYPE_{kind} dims: [ {", ".join(map(str, dims))} ] }}')
+    lines.append(f'output {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ -1, {len(HEADS)} ] }}')
     lines.append("dynamic_batching { preferred_batch_size: [ 4, 8, 16 ] max_queue_delay_microseconds: 1000 }")
+    for key, value in ((BUNDLE_VERSION, version), (ITEM_COUNT, len(table))):
+        lines.append(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}')
     (home / "config.pbtxt").write_text("\n".join(lines) + "\n", "utf-8")
     return home
 
@@ -229,7 +238,7 @@ def _write_onnx(model: RankerModel, path: Path, table: ItemTable | None = None) 
             inputs,
             path,
             input_names=list(ONNX_INPUTS[: len(inputs)]),
-            output_names=["logits"],
+            output_names=[OUTPUT],
             dynamic_shapes=(tuple(shapes),),
             opset_version=_OPSET,
             dynamo=True,

@@ -1,4 +1,4 @@
-"""How the ranker's network is computed: torch or ONNX Runtime, in fp32, bf16 or int8; one face for all.
+"""How the ranker's network is computed: torch, ONNX Runtime or a server, in fp32, bf16 or int8; one face for all.
 
 Chosen by ranker/release.py when a bundle is loaded, used by ranker/scorer.py. Invariant: a form that is not fp32 torch
 serves only after it has scored the bundle's own probe within MAX_SCORE_CHANGE of fp32 torch.
@@ -16,8 +16,9 @@ from core.errors import ArtifactError
 from features.catalog import Floats
 from ranker.model import ItemTable, RankerBatch, RankerModel, Tables
 
-TORCH, BF16, ONNX, ONNX_INT8 = "torch", "bf16", "onnx", "onnx-int8"
-FORMS = (TORCH, BF16, ONNX, ONNX_INT8)
+# The last is computed elsewhere: ranker/triton.py.
+TORCH, BF16, ONNX, ONNX_INT8, TRITON = "torch", "bf16", "onnx", "onnx-int8", "triton"
+FORMS = (TORCH, BF16, ONNX, ONNX_INT8, TRITON)
 # On probabilities; the regression gate of the tests is as wide.
 MAX_SCORE_CHANGE = 0.02
 

@@ -24,8 +24,8 @@ from core.bundle import (
 )
 from core.clock import Clock
 from core.deadline import Deadline
-from core.errors import ArtifactError
-from core.settings import Settings
+from core.errors import ArtifactError, StageError
+from core.settings import RankerSettings, Settings
 from core.telemetry import get_logger
 from features import feature_log
 from features.catalog import Catalog, Floats, Rows
@@ -44,6 +44,7 @@ from ranker.forms import (
     ONNX,
     ONNX_INT8,
     TORCH,
+    TRITON,
     Bf16Network,
     Network,
     OnnxNetwork,
@@ -54,6 +55,7 @@ from ranker.health import Health, Reference, rows_of
 from ranker.model import LIGHT, RankerBatch, load_ranker
 from ranker.probe import EMPTY, Probe, load_probe
 from ranker.scorer import Scorer, Scores, collate
+from ranker.triton import TritonNetwork
 
 _log = get_logger("ranker")
 
@@ -171,6 +173,13 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
     Raises:
         ArtifactError: a part is missing, broken, does not fit the others, or does not score.
     """
+    try:
+        return _load(bundle, settings, clock)
+    except StageError as error:
+        raise ArtifactError(f"bundle {bundle.version} could not be tried out: {error}") from error
+
+
+def _load(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Release:
     manifest = bundle.manifest
     if manifest.feature_signature != SIGNATURE:
         raise ArtifactError(
@@ -192,32 +201,35 @@ def load_release(bundle: ReleaseBundle, settings: Settings, clock: Clock) -> Rel
     device = choose_device(settings.ranker.device)
     scorer = Scorer(model, vectors, catalog.column("categories"), calibration, device)
     probe = load_probe(bundle.path) if bundle.has(RANKER_PROBE) else EMPTY
-    scorer.network = choose_network(bundle, scorer, probe, settings.ranker.form)
+    scorer.network = choose_network(bundle, scorer, probe, settings.ranker)
     scorer.light = _light(bundle, scorer, probe, settings.ranker.form)
     catalog.put_all_stats(bundle.item_stats())
     cascade = Cascade(settings.ranker.cascade_keep, clock)
     release = Release(bundle, catalog, scorer, cascade, clock.now_ms())
     warm_up(release, settings)
     release.health = Health(_reference(probe, scorer), settings.features)
+    if isinstance(scorer.network, TritonNetwork):
+        scorer.network.begin_to_serve()
     return release
 
 
-def choose_network(bundle: ReleaseBundle, scorer: Scorer, probe: Probe, form: str) -> Network:
+def choose_network(bundle: ReleaseBundle, scorer: Scorer, probe: Probe, own: RankerSettings) -> Network:
     """The network in the form of the setting `ranker.form`, checked against the one as trained.
 
     Raises:
         ArtifactError: the form that the setting names is not in the bundle, cannot run here, or drifts.
+        StageError: the server that computes it does not answer.
     """
-    wanted = form
-    if form == "auto":
+    wanted: str = own.form
+    if own.form == "auto":
         wanted = _own_form(bundle) if scorer.device.type == "cpu" else TORCH
     if wanted == TORCH:
         return scorer.network
     try:
-        network = _network(bundle, scorer, wanted)
+        network = _network(bundle, scorer, wanted, own)
         _check(network, scorer.network, bundle, scorer, probe)
     except ArtifactError as error:
-        if form != "auto":
+        if own.form != "auto":
             raise
         _log.warning("scores are computed by torch", bundle=bundle.version, problem=str(error))
         return scorer.network
@@ -271,14 +283,16 @@ def _own_form(bundle: ReleaseBundle) -> str:
     return ONNX if bundle.has(RANKER_ONNX) else TORCH
 
 
-def _network(bundle: ReleaseBundle, scorer: Scorer, form: str) -> Network:
+def _network(bundle: ReleaseBundle, scorer: Scorer, form: str, own: RankerSettings) -> Network:
     if form == BF16:
         return Bf16Network(scorer.model, scorer.device)
     files = {ONNX: RANKER_ONNX, ONNX_INT8: RANKER_INT8}
-    if form not in files:
+    if form not in (*files, TRITON):
         raise ArtifactError(f"bundle {bundle.version} asks for form {form!r}, this version knows {', '.join(FORMS)}")
     if scorer.device.type != "cpu":
-        raise ArtifactError(f"form {form} runs on a CPU only; set ranker.form to torch or bf16")
+        raise ArtifactError(f"form {form} runs on a CPU only; set ranker.device to cpu, or form to torch or bf16")
+    if form == TRITON:
+        return TritonNetwork(own.triton_target, own.triton_timeout_ms, bundle.version, scorer.model.config.dimension)
     return OnnxNetwork(bundle.file(files[form]), form)
 
 
