@@ -23,11 +23,14 @@ from core.settings import Settings
 from core.telemetry import get_logger
 from features.catalog_feed import CatalogFeed
 from ranker import metrics
+from ranker.forms import TRITON
 from ranker.release import Release, load_release
 
 _log = get_logger("ranker")
 # A new bundle's release waits so long for the topics before it serves with what it has.
 _SWAP_WAIT_SECONDS = 30.0
+# Whether another server has by now what a bundle needs there.
+_ELSEWHERE_AGAIN_SECONDS = 30.0
 
 
 class _Loaded(NamedTuple):
@@ -43,8 +46,8 @@ class Releases:
         self._settings = settings
         self._clock = clock
         self._registry = settings.registry.path
-        # Version -> what its manifest looked like when it was refused: another one is tried again.
-        self._refused: dict[str, tuple[int, int]] = {}
+        # Version -> what its manifest looked like when it was refused, and the turn: another one is tried again.
+        self._refused: dict[str, tuple[int, int, int]] = {}
         self._roles, self._previous = Roles(), ""
         first = self._open(bundles.current_version(self._registry))
         # Replaced, never changed: readers take the whole of it.
@@ -144,7 +147,7 @@ class Releases:
         """The version, loaded if it is not yet; None where it is refused, which is said once."""
         if version in self._loaded:
             return self._loaded[version]
-        seen = _look_of(self._registry, version)
+        seen = (*_look_of(self._registry, version), self._turn())
         if self._refused.get(version) == seen:
             return None
         try:
@@ -163,6 +166,11 @@ class Releases:
         metrics.loads.labels("loaded").inc()
         self._loaded = {**self._loaded, version: loaded}
         return loaded
+
+    def _turn(self) -> int:
+        """What is refused is refused for good, but for what a server elsewhere lacked: it may have it by now."""
+        is_elsewhere = self._settings.ranker.form == TRITON
+        return int(self._clock.monotonic() / _ELSEWHERE_AGAIN_SECONDS) if is_elsewhere else 0
 
     def _open(self, version: str) -> _Loaded:
         with _no_cyclic_collection():

@@ -325,6 +325,33 @@ async def test_a_server_that_dies_is_an_unavailable_ranker_until_it_is_back(
         server.stop()
 
 
+async def test_a_bundle_that_the_server_gets_later_is_loaded_then(
+    bundle: ReleaseBundle,
+    repository: Path,
+    registry_settings: Settings,
+    make_bundle: MakeBundle,
+    probe: Probe,
+    tmp_path: Path,
+) -> None:
+    server = Server(repository)
+    clock = ManualClock(T0_MS)
+    releases = Releases(with_triton(registry_settings, server.port), clock)
+    later = make_bundle("v2", seed=9, change=lambda staged: save_probe(probe, DIMENSION, staged))
+    try:
+        assert not await releases.look()
+        server.stop()
+        exported = write_triton(later.path, tmp_path / "later", registry_settings)
+        shutil.copytree(exported, repository / exported.name)
+        server = Server(repository, server.port)
+        assert not await releases.look()
+        clock.advance(30_000)
+        assert await releases.look()
+        assert releases.current.version == "v2"
+    finally:
+        releases.close()
+        server.stop()
+
+
 def test_a_refused_export_leaves_the_repository_as_it_is(
     bundle: ReleaseBundle, registry_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
