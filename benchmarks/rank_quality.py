@@ -33,6 +33,7 @@ def main() -> int:
     command = Command("rank_quality", __doc__, "one seed, short training")
     command.add("--dataset", required=True, help="ml-latest-small, ml-100k, trivago, or a folder of such files")
     command.add("--seeds", type=int, nargs="+", default=list(_SEEDS))
+    command.add("--moments", type=int, help="MovieLens: test moments, evenly spread over the test part; else all")
     command.add_data()
     command.add_work()
     return command.run(_measure, lambda figures, console: console.print(_table(figures)))
@@ -51,7 +52,7 @@ def _measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def movielens(log: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Means over the seeds."""
-    runs = [_one_seed(log, work, seed, quick=arguments.quick) for seed in arguments.seeds]
+    runs = [_one_seed(log, work, seed, arguments) for seed in arguments.seeds]
     figures: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
     figures["ratio"] = figures["ranked_ndcg_at_10"] / figures["retrieval_ndcg_at_10"]
     figures["warm_ratio"] = figures["ranked_warm_ndcg_at_10"] / figures["retrieval_warm_ndcg_at_10"]
@@ -59,12 +60,13 @@ def movielens(log: Path, work: Path, arguments: argparse.Namespace) -> dict[str,
     return figures
 
 
-def _one_seed(log: Path, work: Path, seed: int, *, quick: bool) -> dict[str, float]:
-    settings = load_settings(overrides={"offline": {"seed": seed, **(_QUICK if quick else {})}})
-    made = evaluate(log, work / "bundles", settings, device="cpu", limit=_QUICK_MOMENTS if quick else None)
+def _one_seed(log: Path, work: Path, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    settings = load_settings(overrides={"offline": {"seed": seed, **(_QUICK if arguments.quick else {})}})
+    moments = arguments.moments or (_QUICK_MOMENTS if arguments.quick else None)
+    made = evaluate(log, work / "bundles", settings, device="cpu", limit=moments)
     retrieval, ranking = (_row(made, name) for name in (RETRIEVAL, RANKING))
     bundle = open_bundle(work / "bundles" / ".evaluation" / made.bundle_version)
-    return {
+    figures = {
         "retrieval_ndcg_at_10": retrieval.ndcg_at_10,
         "ranked_ndcg_at_10": ranking.ndcg_at_10,
         "retrieval_warm_ndcg_at_10": retrieval.warm_ndcg_at_10,
@@ -72,6 +74,8 @@ def _one_seed(log: Path, work: Path, seed: int, *, quick: bool) -> dict[str, flo
         "ece": bundle.manifest.metrics["ranker_ece"],
         "seconds": made.seconds,
     }
+    print(f"seed {seed}: {figures}", file=sys.stderr, flush=True)
+    return figures
 
 
 def trivago(log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
