@@ -208,7 +208,7 @@ class BatchReader:
         metrics.BATCH_EVENTS.set(len(messages))
         if applied.dirty:
             self._on_dirty(applied.dirty)
-        self._broadcast.put(applied.stats, applied.only_shown)
+        self._broadcast.put(applied.stats, applied.stats.keys() - applied.with_events)
         letters = batch.letters + [(received.raw, reason) for received, reason in applied.refused]
         if letters and not self._dead_letters.deliver(letters, self._stopping):
             raise StageError("kafka", "stopped before the dead letters were delivered")

@@ -68,8 +68,8 @@ class Applied:
     dirty: set[str] = field(default_factory=set)
     # Statistics as the store has them, for the replicas: headrace.v1.ItemStats by item and partition.
     stats: dict[ItemKey, bytes] = field(default_factory=dict)
-    # Those of them that impressions alone have changed.
-    only_shown: set[ItemKey] = field(default_factory=set)
+    # Those of them that more than impressions have changed, or of which nobody knows what has.
+    with_events: set[ItemKey] = field(default_factory=set)
     # Messages whose user has a row that cannot be read, and why.
     refused: list[tuple[Received, str]] = field(default_factory=list)
     watermark_ms: int = 0
@@ -279,11 +279,9 @@ class Rows:
         for key, (entry, raw, stats), done in zip(keys, raws, self._write(writes), strict=True):
             if done:
                 entry.raw = raw
-                if not all(event.kind == windows.IMPRESSION for event in pending[key]):
-                    applied.only_shown.discard(key)
-                elif key not in applied.stats:
-                    applied.only_shown.add(key)
                 applied.stats[key] = stats
+                if any(event.kind != windows.IMPRESSION for event in pending[key]):
+                    applied.with_events.add(key)
             else:
                 beaten.append(key)
         return beaten
@@ -295,6 +293,7 @@ class Rows:
             partial = self._items[key].value
             if partial.revision:
                 applied.stats[key] = item_stats.encode(*key, partial, self._settings)
+                applied.with_events.add(key)
 
     def _check_beaten_items(self, keys: list[ItemKey]) -> None:
         metrics.CONFLICTS.labels(ITEM_STATS.name).inc(len(keys))
