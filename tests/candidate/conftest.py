@@ -195,10 +195,19 @@ class Running:
     executor: WorkExecutor
 
     def put(self, item: Item) -> None:
-        self.snapshots.feeds.catalog.apply([self._record(item.item_id, item.SerializeToString())])
+        self.news(item)
 
     def remove(self, item_id: str) -> None:
-        self.snapshots.feeds.catalog.apply([self._record(item_id, None)])
+        self.news(item_id)
+
+    def news(self, *of_items: Item | str) -> None:
+        """One batch of the items topic: items that come or change, ids of those that go."""
+        self.snapshots.feeds.catalog.apply(
+            [
+                self._record(one, None) if isinstance(one, str) else self._record(one.item_id, one.SerializeToString())
+                for one in of_items
+            ]
+        )
 
     def tell(self, offset: int, event: Event) -> None:
         """One message of the events topic."""

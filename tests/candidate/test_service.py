@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from candidate.encoder import encode_items
 from core.codec import from_ms
 from core.kafka import Record
 from core.topics import Topics
@@ -124,6 +125,24 @@ async def test_a_new_item_is_found_by_its_content_and_a_removed_one_is_gone(
     running.put(Item(item_id="techno-5", title="techno record", categories=["jazz"]))
     assert "techno-5" in ids(await running.retrieve(state, filter=ItemFilter(categories_any=["jazz"])))
     assert "techno-5" not in ids(await running.retrieve(state, filter=ItemFilter(categories_any=["techno"])))
+
+
+async def test_of_several_news_of_an_item_in_one_batch_the_last_counts(running: Running, state_of: StateOf) -> None:
+    """More than are encoded at once; every third goes again, every third of the others comes back as something else."""
+    many = [Item(item_id=f"new-{n}", title="techno record", categories=["techno"]) for n in range(90)]
+    gone = [item.item_id for item in many[::3]]
+    back = [Item(item_id=item.item_id, title="folk record", categories=["folk"]) for item in many[::9]]
+    running.news(*many, *gone, *back)
+    snapshot, asked = running.snapshots.current, state_of("techno-1")
+    for genre, expected in (
+        ("techno", {item.item_id for item in many} - set(gone)),
+        ("folk", {item.item_id for item in back}),
+    ):
+        found = await running.retrieve(asked, num_candidates=200, filter=ItemFilter(categories_any=[genre]))
+        assert {item_id for item_id in ids(found) if item_id.startswith("new-")} == expected
+    rows = [snapshot.catalog.row(item.item_id) for item in (many[1], back[0])]
+    alone = encode_items(snapshot._towers, [many[1], back[0]])
+    assert np.allclose(snapshot.vectors[rows], alone, atol=1e-5)
 
 
 async def test_items_that_go_together_are_learnt_from_events(running: Running, state_of: StateOf) -> None:
