@@ -192,9 +192,7 @@ def _batches(order: Tensor) -> Iterator[Tensor]:
 
 
 def _read(log: EventLog) -> tuple[Predictor, Rows]:
-    catalog = Catalog(load_settings().features)
-    for item in log.items():
-        catalog.upsert(item)
+    catalog = Catalog.of_items(log.items(), load_settings().features)
     people = list(log.users())
     row_of = {user.user_id: row for row, user in enumerate(people)}
     columns = [np.unique([user.labels[name] for user in people], return_inverse=True)[1] for name in _ATTRIBUTES]

@@ -123,9 +123,7 @@ def run(log: EventLog, registry: Path, settings: Settings, limit: int) -> dict[s
         train(log.root, registry, settings, before_ms=tune_ms, progress=False)
     bundle = open_current(registry)
     items = list(bundle.items())
-    catalog = Catalog(settings.features)
-    for item in items:
-        catalog.upsert(item)
+    catalog = Catalog.of_items(items, settings.features)
     models = Models.load(bundle.path, catalog, settings, "cpu")
     replay = BlendReplay(log, items, models, settings)
     every = max(1, int((times >= test_ms).sum()) // limit)

@@ -128,9 +128,7 @@ class Shop:
 
     def _probe(self) -> Probe:
         """Lists of the shop, as training would have kept some."""
-        catalog = Catalog(self._settings.features)
-        for item in self.items[:_PROBE_ITEMS]:
-            catalog.upsert(item)
+        catalog = Catalog.of_items(self.items[:_PROBE_ITEMS], self._settings.features)
         rows: Rows = np.arange(CANDIDATES, dtype=np.int32)
         scores, bits = np.linspace(1, 0, CANDIDATES, dtype=np.float32), np.ones(CANDIDATES, np.int32)
         now_ms, features = T0_MS + 3_600_000, self._settings.features

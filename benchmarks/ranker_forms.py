@@ -138,9 +138,7 @@ def measure(
     """The table. `home` is what training wrote: probe and calibration."""
     if ranker.teacher is None or ranker.light is None:
         raise ArtifactError("this training made no teacher; train with offline.ranker_student")
-    catalog = Catalog(settings.features)
-    for item in items:
-        catalog.upsert(item)
+    catalog = Catalog.of_items(items, settings.features)
     maker = _Ways(vectors, catalog.column("categories"), items, settings, home)
     ways, refused = maker.of_teacher(ranker.teacher)
     ways[STUDENT] = Way(maker.exported(ranker.model, "student", ONNX))

@@ -61,10 +61,7 @@ class Lists:
         self._read()
 
     def catalog(self) -> Catalog:
-        catalog = Catalog(self._settings.features)
-        for item in self.items:
-            catalog.upsert(item)
-        return catalog
+        return Catalog.of_items(self.items, self._settings.features)
 
     def signals(self, lists: Sequence[ClickedList], delay_seconds: float) -> list[Signals]:
         """The inputs of some lists, in their order, with everything as of the delay."""

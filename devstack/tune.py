@@ -54,9 +54,7 @@ def tune(log_root: str | Path, registry: Path, settings: Settings, *, limit: int
     started = time.monotonic()
     log, bundle = open_log(log_root), open_current(registry)
     items = list(bundle.items())
-    catalog = Catalog(settings.features)
-    for item in items:
-        catalog.upsert(item)
+    catalog = Catalog.of_items(items, settings.features)
     models = Models.load(bundle.path, catalog, settings, "cpu")
     start_ms = bundle.manifest.data_watermark_ms + 1
     moments = log.events(start_ms, columns=["user_id"]).num_rows

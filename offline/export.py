@@ -280,9 +280,7 @@ def _quantise(source: Path, target: Path) -> None:
 
 
 def _table(model: RankerModel, folder: Path, settings: Settings) -> ItemTable:
-    catalog = Catalog(settings.features)
-    for item in read_delimited(folder / names.ITEMS, Item):
-        catalog.upsert(item)
+    catalog = Catalog.of_items(read_delimited(folder / names.ITEMS, Item), settings.features)
     return item_table(model, read_item_vectors(folder), catalog.column("categories"), torch.device("cpu"))
 
 
