@@ -125,9 +125,11 @@ class Matrix:
             await asyncio.sleep(0.01)
         # A client of its own: one that lived through the fault may wait before it tries again.
         sender = await asyncio.to_thread(EventSender, self._stack.settings)
-        sender.click(user_id, before.items[0].item_id)
+        sent = sender.click(user_id, before.items[0].item_id)
         fresh = await load.fresh_again(user_id, before.state_revision, back, _PATIENCE_SECONDS)
         await asyncio.to_thread(sender.close)
+        if fresh is None:
+            _say(f"the click of {user_id} was not seen: {(sent.exception() or sent.result()) if sent.done() else sent}")
         return fresh
 
 
