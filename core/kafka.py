@@ -36,7 +36,7 @@ _REPEAT_SECONDS = 30.0
 _REPEATS_KEPT = 1000
 
 
-class _SaidOnce(logging.Filter):
+class SaidOnce(logging.Filter):
     """Lets each line pass once in a while; what differs in its times and counts alone is the same line."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class _SaidOnce(logging.Filter):
 
 
 _librdkafka = get_logger("librdkafka").stdlib
-_librdkafka.addFilter(_SaidOnce())
+_librdkafka.addFilter(SaidOnce())
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import faust
 from mode import Service
 
 from core.errors import StageError
+from core.kafka import SaidOnce
 from core.settings import Settings
 from core.telemetry import get_logger
 from streams import header_names, metrics
@@ -153,6 +154,9 @@ def make_app(settings: Settings, topics: dict[str, QuietTopic], parts: Sequence[
     logging.getLogger("faust").setLevel(logging.ERROR)
     logging.getLogger("mode").setLevel(logging.ERROR)
     logging.getLogger("aiokafka").setLevel(logging.ERROR)
+    # While the broker is away each of them says so ten times a second.
+    for name in ("", ".cluster", ".conn", ".consumer.fetcher", ".consumer.group_coordinator"):
+        logging.getLogger(f"aiokafka{name}").addFilter(SaidOnce())
     session_seconds = settings.streams.session_timeout_ms / 1000
     app = faust.App(
         # Of the project, too: another one (`headrace rebuild --project`) needs its own profiles.

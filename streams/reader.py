@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from core.clock import Clock, SystemClock
 from core.errors import ConfigError, StageError
@@ -231,6 +231,9 @@ class BatchReader:
             if error is not None:
                 self._kafka_problem = error.str()
                 _log.warning("kafka", problem=self._kafka_problem)
+                if error.fatal() or error.code() == KafkaError._FATAL:
+                    # This client reads nothing any more: fenced, as by its own join after the broker was away.
+                    raise KafkaException(error)
                 continue
             topic, partition, offset = message.topic(), message.partition(), message.offset()
             if partition not in self._placed:

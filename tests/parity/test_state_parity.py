@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
 import pytest
+from confluent_kafka import Consumer
 from google.protobuf import json_format
 
 from core.codec import from_ms
@@ -25,6 +26,8 @@ from features.stores.online import OnlineStore
 from features.windows import Outcome, UserState, as_impression_event, as_user_event
 from headrace.v1.events_pb2 import Event, Feedback, Impression, ImpressionList, ItemStats
 from offline.rebuild import rebuild
+from streams.consumer import consumer_config
+from tests.redis_servers import wait_until
 
 START_MS = 1_700_000_000_000
 KINDS = ["view", "click", "cart", "purchase", "rating", "dwell", "skip", "wave"]
@@ -250,6 +253,32 @@ def test_two_workers_that_both_believe_to_own_everything(
         part.stop()
     assert_store_equals_single_pass(settings, sent)
     assert_log_holds_each_position_once(settings, written, sent)
+
+
+@pytest.mark.real_kafka
+def test_a_worker_whose_name_another_client_took_for_a_while_goes_on(
+    shared_redis, stream_settings, start_reader, kafka_producer, caplog
+) -> None:
+    """Fenced, its client is dead for good; after the broker was away, the worker's own join may fence it."""
+    settings = stream_settings(shared_redis, instance_id="worker-1")
+    sent = draw(Topics(settings.kafka.topic_prefix), 600, seed=9)
+    third = len(sent.messages) // 3
+    part = start_reader(settings)
+    written = send(kafka_producer, sent.messages[:third])
+    part.wait_for(written)
+    other = Consumer(consumer_config(settings))
+    other.subscribe([Topics(settings.kafka.topic_prefix).events])
+
+    def has_taken_over() -> bool:
+        other.poll(0.05)
+        return bool(other.assignment())
+
+    wait_until(has_taken_over, 30, "taken over")
+    other.close()
+    wait_until(lambda: "fenced by other consumer" in caplog.text, 30, "fenced")
+    written += send(kafka_producer, sent.messages[third:])
+    part.wait_for(written, 60)
+    assert_store_equals_single_pass(settings, sent)
 
 
 def assert_log_holds_each_position_once(settings, written, sent: Sent) -> None:
