@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ CANDIDATE_FEATURES = (
     "year",
     "log_price",
     "log_price_in_list",
+    "log_price_place",
     "log_price_from_last",
     "log_price_from_recent",
     "affinity_short",
@@ -63,8 +65,8 @@ CANDIDATE_FEATURES = (
     *(f"from_{source}" for source in SOURCES),
 )
 _AT = {name: index for index, name in enumerate(CANDIDATE_FEATURES)}
-# Columns of which an item that the catalogue does not know has none.
-_OF_ITEMS = CANDIDATE_FEATURES.index("retrieval_score")
+# Columns of which an item that the catalogue does not know has none, and those of the sources, the last.
+_OF_ITEMS, _SOURCES_AT = _AT["retrieval_score"], _AT[f"from_{SOURCES[0]}"]
 # Items of the history whose years and prices say what the user likes now.
 _RECENT = 10
 # Of what was touched just now; it falls with log(1 + seconds) to nothing, which never touched has, in 90 days.
@@ -118,14 +120,17 @@ class Listed(NamedTuple):
     """What a list as a whole says of some of its candidates: enough to make their features again."""
 
     context: ListContext
-    # How many of the list have a higher retrieval score. [C]
+    # How many of the list have a higher retrieval score, and how many have a lower price. [C], [C]
     places: Rows
+    price_places: Rows
 
     @classmethod
     def of_features(cls, user: Floats, candidates: Floats) -> "Listed":
         """From the features [len(USER_FEATURES)], [C, len(CANDIDATE_FEATURES)] that were made before."""
         context = ListContext(*user[USER_FEATURES.index("mean_log_price_of_list") :])
-        return cls(context, np.rint(np.expm1(candidates[:, _AT["log_place"]].astype(np.float64))).astype(np.int32))
+        logs = candidates[:, [_AT["log_place"], _AT["log_price_place"]]].astype(np.float64)
+        places, price_places = np.rint(np.expm1(logs)).astype(np.int32).T
+        return cls(context, places, price_places)
 
 
 class _History(NamedTuple):
@@ -173,12 +178,12 @@ def ranker_input(
     session_rows = catalog.rows(entry.item_id for entry in current)
     if log_prices is None:
         log_prices = _log_prices(catalog, candidate_rows)
-    if part_of is None:
-        listed = _listed(WholeList(candidate_rows, retrieval_scores), log_prices, retrieval_scores, history.touched)
-    elif isinstance(part_of, WholeList):
-        listed = _listed(part_of, _log_prices(catalog, part_of.rows), retrieval_scores, history.touched)
-    else:
+    if isinstance(part_of, Listed):
         listed = part_of
+    else:
+        whole = part_of or WholeList(candidate_rows, retrieval_scores)
+        of_whole = _log_prices(catalog, whole.rows) if part_of else log_prices
+        listed = _listed(whole, of_whole, retrieval_scores, log_prices, history.touched)
     return RankerInput(
         history.rows,
         history.weights,
@@ -223,21 +228,24 @@ def _log_prices(catalog: Catalog, rows: Rows) -> Floats:
     return prices
 
 
-def _listed(whole: WholeList, log_prices: Floats, scores: Floats, touched: Rows) -> Listed:
-    """What the whole list (with its prices) says of those of its candidates that have these scores."""
+def _listed(whole: WholeList, of_whole: Floats, scores: Floats, log_prices: Floats, touched: Rows) -> Listed:
+    """What the whole list (with its prices) says of those of its candidates that have these scores and prices."""
     in_order = np.sort(whole.scores)
 
     def places(of: Floats) -> Rows:
         higher: Rows = (len(in_order) - np.searchsorted(in_order, of, side="right")).astype(np.int32)
         return higher
 
-    priced = log_prices[log_prices > 0]
+    priced = np.sort(of_whole[of_whole > 0])
     mean = np.float32(priced.mean(dtype=np.float64)) if len(priced) else np.float32(0)
-    there = touched[np.isin(touched, whole.rows)]
+    # What has no price has none below it either.
+    cheaper = np.searchsorted(priced, log_prices).astype(np.int32)
+    there = touched[(touched[:, None] == whole.rows).any(axis=1)]
     if not len(there):
-        return Listed(ListContext(mean, np.float32(0), np.float32(0)), places(scores))
+        return Listed(ListContext(mean, np.float32(0), np.float32(0)), places(scores), cheaper)
     last = whole.scores[np.flatnonzero(whole.rows == there[-1])[:1]]
-    return Listed(ListContext(mean, np.float32(last[0]), np.float32(np.log2(2 + places(last)[0]))), places(scores))
+    context = ListContext(mean, np.float32(last[0]), np.float32(np.log2(2 + places(last)[0])))
+    return Listed(context, places(scores), cheaper)
 
 
 def _user(state: UserState, session_events: int, weights: Floats, now_ms: int, context: ListContext) -> Floats:
@@ -271,7 +279,7 @@ def _candidates(
     settings: FeaturesSettings,
 ) -> Floats:
     out = np.zeros((len(rows), len(CANDIDATE_FEATURES)), np.float32)
-    context, places = listed
+    context, places, price_places = listed
 
     def put(name: str, values: npt.NDArray[Any]) -> None:
         out[:, _AT[name]] = values
@@ -297,13 +305,14 @@ def _candidates(
         put("affinity_short", affinity_of(state, buckets, 0, now_ms, settings))
         put("affinity_long", affinity_of(state, buckets, -1, now_ms, settings))
         put("log_price_in_list", _where_priced(log_prices, context.mean_log_price))
-        put("in_session", np.isin(at, session_rows))
+        put("log_price_place", np.log1p(price_places))
         touched = history.touched
         if len(touched):
-            _put_touched(put, at, touched, history.seconds[history.known])
+            _put_touched(put, at, history, session_rows)
             own = catalog.column("buckets")[touched[-1]]
             own = own[own >= 0]
-            put("shared_categories_with_last", np.isin(buckets, own).sum(axis=1) / max(1, len(own)))
+            is_shared = (buckets[:, :, None] == own).any(axis=2)
+            put("shared_categories_with_last", _over_categories(is_shared.astype(np.int32)) / max(1, len(own)))
             from_last, from_recent = _years_apart(years, catalog.column("year")[touched])
             put("log_years_from_last", from_last)
             put("log_years_from_recent", from_recent)
@@ -319,23 +328,28 @@ def _candidates(
         put("score_from_last", retrieval_scores - context.score_of_last)
         apart = places - place_of_last
         put("log_places_from_last", np.sign(apart) * np.log1p(np.abs(apart)))
-    for bit, source in enumerate(SOURCES):
-        put(f"from_{source}", (source_bits >> bit) & 1)
+    out[:, _SOURCES_AT:] = (source_bits[:, None] >> np.arange(len(SOURCES), dtype=np.int32)) & 1
     return out
 
 
-def _put_touched(put: Callable[[str, Floats], None], at: Rows, touched: Rows, seconds: npt.NDArray[np.float64]) -> None:
+def _put_touched(put: Callable[[str, Floats], None], at: Rows, history: _History, session_rows: Rows) -> None:
     """What of the history was of the candidate itself; people come back to what they have just looked at."""
-    put("log_times_in_history", np.log1p((touched == at[:, None]).sum(axis=1)))
-    # Distinct items, newest first, with the newest event on each.
-    _, first = np.unique(touched[::-1], return_index=True)
-    newest = np.sort(first)
-    same = touched[::-1][newest] == at[:, None]
-    ever, place = same.any(axis=1), same.argmax(axis=1)
+    # Distinct items in the order of their rows: their newest event (0 = the last of all), and how many they have.
+    items, newest, times = np.unique(history.touched[::-1], return_index=True, return_counts=True)
     # 1 for the last item, 1/2 for the one before it, ...
-    put("recency_in_history", np.where(ever, 1.0 / (1.0 + place), 0.0))
-    freshness = np.maximum(_FRESHEST - np.log1p(seconds[::-1][newest]), 0.0)
-    put("touch_freshness", np.where(ever, freshness[place], 0.0))
+    recency = np.empty(len(items))
+    recency[np.argsort(newest)] = 1.0 / np.arange(1, len(items) + 1)
+    seconds = history.seconds[history.known][::-1][newest]
+    freshness = np.maximum(_FRESHEST - np.log1p(seconds), 0.0)
+    place = np.minimum(np.searchsorted(items, at), len(items) - 1)
+    ever = items[place] == at
+    for name, of_items in (
+        ("log_times_in_history", np.log1p(times)),
+        ("recency_in_history", recency),
+        ("touch_freshness", freshness),
+        ("in_session", (items[:, None] == session_rows).any(axis=1)),
+    ):
+        put(name, np.where(ever, of_items[place], 0))
 
 
 def _where_priced(log_prices: Floats, reference: np.float32) -> Floats:
@@ -386,6 +400,12 @@ def affinity_by_bucket(state: UserState, index: int, now_ms: int, settings: Feat
 def affinity_of(state: UserState, buckets: Rows, index: int, now_ms: int, settings: FeaturesSettings) -> Floats:
     """Mean liking of the categories of each candidate, from their `buckets` [C, 4]; [C]. A signal of the re-ranker."""
     by_bucket = np.append(affinity_by_bucket(state, index, now_ms, settings), np.float32(0))
-    total = by_bucket[buckets].sum(axis=1)  # bucket -1 is the appended zero
-    mean: Floats = (total / np.maximum(1, (buckets >= 0).sum(axis=1))).astype(np.float32)
+    total = _over_categories(by_bucket[buckets])  # bucket -1 is the appended zero
+    mean: Floats = (total / np.maximum(1, _over_categories((buckets >= 0).astype(np.int32)))).astype(np.float32)
     return mean
+
+
+def _over_categories(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sums of rows [C, 4] as three additions: NumPy takes ten times as long along so short an axis."""
+    total: npt.NDArray[Any] = reduce(np.add, values.T)
+    return total

@@ -110,6 +110,12 @@ def test_prices_are_told_beside_the_list_and_what_was_looked_at() -> None:
     )
 
 
+def test_how_many_of_the_list_are_cheaper_is_told() -> None:
+    catalog = catalog_of(*(Item(item_id=name, price=price) for name, price in zip("abcd", (9, 3, 9, 0), strict=True)))
+    features = inputs(clicked("b"), catalog, ["a", "b", "c", "d", "nobody-knows"])
+    assert column(features, "log_price_place").tolist() == pytest.approx(np.log1p([1, 0, 1, 0, 0]))
+
+
 def test_scores_and_places_are_told_beside_those_of_the_last_item_that_is_in_the_list() -> None:
     catalog = catalog_of(*(Item(item_id=name) for name in "abcd"))
     ids, scores = ["d", "a", "b"], [0.25, 0.75, 0.5]
