@@ -202,12 +202,8 @@ class ItemIndex:
         wanted = search_exact(state, queries, sample.k, sample.allowed)
         return share_found(search(state, queries, sample.k, sample.allowed)[0], wanted)
 
-    def upsert(self, row: int, vector: Floats) -> None:
-        """Adds an item, or gives it another vector."""
-        self.upsert_many([row], vector[None, :])
-
     def upsert_many(self, rows: Sequence[int], vectors: Floats) -> None:
-        """The same for several rows at once, vectors [n, d]; of a row named twice, the last counts.
+        """Adds items, or gives them other vectors [n, d]; of a row named twice, the last counts.
 
         Raises:
             InvalidRequestError: another dimension, or numbers that are not finite.
@@ -237,12 +233,8 @@ class ItemIndex:
             state.vectors[row] = vector
             self._state = state
 
-    def remove(self, row: int) -> None:
-        """Takes an item out; nothing happens where it is not in."""
-        self.remove_many([row])
-
     def remove_many(self, rows: Iterable[int]) -> None:
-        """The same for several rows at once."""
+        """Takes items out; nothing happens where one is not in."""
         with self._writing:
             state = self._state
             known = np.array([row for row in rows if 0 <= row < state.count], np.int64)

@@ -123,7 +123,7 @@ def test_a_filter_made_before_an_item_came_does_not_allow_it() -> None:
     vectors = unit(np.random.default_rng(7), 2001)
     for exact_max_items in (100_000, 1000):
         index = ItemIndex.build(vectors[:2000], np.arange(2000), exact_max_items)
-        index.upsert(2000, vectors[2000])
+        index.upsert_many([2000], vectors[2000:])
         assert index.search(vectors[2000:], 1)[0].tolist() == [[2000]]
         assert index.search(vectors[2000:], 1, np.ones(2000, np.bool_))[0][0, 0] < 2000
         assert index.search(vectors[2000:], 1, np.ones(2001, np.bool_))[0].tolist() == [[2000]]
@@ -134,9 +134,9 @@ def test_an_empty_index_answers() -> None:
     index = ItemIndex.build(np.zeros((0, D), np.float32), np.zeros(0, np.int64), 1000)
     assert index.search(query, 3)[0].tolist() == [[-1, -1, -1]]
     assert index.search(query, 3, np.ones(10, np.bool_))[0].tolist() == [[-1, -1, -1]]
-    index.upsert(4, query[0])
+    index.upsert_many([4], query)
     assert index.search(query, 3)[0].tolist() == [[4, -1, -1]]
-    index.remove(4)
+    index.remove_many([4])
     assert index.search(query, 3)[0].tolist() == [[-1, -1, -1]]
 
 
@@ -154,11 +154,11 @@ def test_bad_input_is_refused_by_name(exact_max_items: int) -> None:
     with pytest.raises(InvalidRequestError, match="k: must be"):
         index.search(vectors[:1], -1)
     with pytest.raises(InvalidRequestError, match="finite"):
-        index.upsert(3, not_numbers[0])
+        index.upsert_many([3], not_numbers)
     with pytest.raises(InvalidRequestError, match="numbers are needed"):
-        index.upsert(3, vectors[0, :-1])
+        index.upsert_many([3], vectors[:1, :-1])
     with pytest.raises(InvalidRequestError, match="rows"):
-        index.upsert(-1, vectors[0])
+        index.upsert_many([-1], vectors[:1])
     with pytest.raises(InvalidRequestError, match="finite"):
         ItemIndex.build(not_numbers, np.arange(1), exact_max_items)
     assert index.search(vectors[:2], 0)[0].shape == (2, 0)

@@ -37,23 +37,13 @@ class IndexMachine(RuleBasedStateMachine):
         self.live = {row: POOL_VECTORS[row] for row in range(count)}
         self.index = ItemIndex.build(POOL_VECTORS[:count], np.arange(count), self.exact_max_items)
 
-    @rule(row=a_row, vector=a_vector)
-    def upsert(self, row: int, vector: int) -> None:
-        self.live[row] = POOL_VECTORS[vector]
-        self.index.upsert(row, POOL_VECTORS[vector])
-
     @rule(pairs=st.lists(st.tuples(a_row, a_vector), max_size=20))
     def upsert_many(self, pairs: list[tuple[int, int]]) -> None:
         self.live.update({row: POOL_VECTORS[vector] for row, vector in pairs})
         vectors = POOL_VECTORS[np.array([vector for _, vector in pairs], np.int64)]
         self.index.upsert_many([row for row, _ in pairs], vectors)
 
-    @rule(row=st.integers(-1, ROWS + 5))
-    def remove(self, row: int) -> None:
-        self.live.pop(row, None)
-        self.index.remove(row)
-
-    @rule(rows=st.lists(a_row, max_size=20))
+    @rule(rows=st.lists(st.integers(-1, ROWS + 5), max_size=20))
     def remove_many(self, rows: list[int]) -> None:
         for row in rows:
             self.live.pop(row, None)
@@ -214,9 +204,9 @@ def test_searches_run_beside_writes_and_rebuilds(
 
     searching(search)
     for row in range(2000, 3000):
-        index.upsert(row, vectors[row])
+        index.upsert_many([row], vectors[row][None])
         assert row in index.search(vectors[row][None], 1)[0]
-        index.remove(row - 1000)
+        index.remove_many([row - 1000])
         assert row - 1000 not in index.search(vectors[row - 1000][None], 5)[0]
         if index.wants_rebuild():
             index.rebuild()

@@ -20,14 +20,14 @@ def unit(seed: int, count: int) -> np.ndarray:
 def test_saved_indexes_answer_as_before(exact_max_items: int, tmp_path: Path) -> None:
     vectors = unit(11, 2000)
     index = ItemIndex.build(vectors[:1990], np.arange(1990), exact_max_items, "e1")
-    index.upsert(1995, vectors[1995])
-    index.remove(3)
+    index.upsert_many([1995], vectors[1995:1996])
+    index.remove_many([3])
     save_index(index, tmp_path / "index.faiss")
     again = load_index(tmp_path / "index.faiss", index.vectors)
     assert (len(again), again.info, again.delta_count) == (len(index), index.info, 0)
     for ours, theirs in zip(index.search(vectors[:5], 20), again.search(vectors[:5], 20), strict=True):
         assert (ours == theirs).all()
-    again.upsert(1996, vectors[1996])
+    again.upsert_many([1996], vectors[1996:1997])
     assert again.search(vectors[1996:1997], 1)[0].tolist() == [[1996]]
 
 
