@@ -32,11 +32,11 @@ from features.catalog import Catalog, Rows
 from features.stores.event_log import EventLog
 from offline.data.dataset import times_of
 from offline.models import Models
+from offline.ndcg import ndcg_of_ranks
 from offline.train import train
 from serving.rerank.blend import blend
 
 _TRAIN_SHARE, _TUNE_SHARE = 0.7, 0.1
-_CUTOFF = 10
 DELAYS_MS = {"0 s": 0, "10 s": 10_000, "1 min": 60_000, "5 min": 300_000, "30 min": 1_800_000}
 # Without the ranker: the rung RERANKED_BATCH.
 _HYBRID = tuple(part for part in PARTS if part != "ranker")
@@ -56,8 +56,8 @@ class Scores:
         for target in moment.targets.tolist():
             found = np.flatnonzero(rows == target)
             rank = int(found[0]) if len(found) else None
-            ndcg = 1 / np.log2(rank + 2) if rank is not None and rank < _CUTOFF else 0.0
-            self.gains[moment.user_id].append((float(ndcg), 0.0 if rank is None else 1 / (rank + 1), moment.warm))
+            ndcg = 0.0 if rank is None else float(ndcg_of_ranks(np.array(rank)))
+            self.gains[moment.user_id].append((ndcg, 0.0 if rank is None else 1 / (rank + 1), moment.warm))
 
     def table(self, *, warm: bool) -> np.ndarray:
         """Per user: sum of NDCG, sum of reciprocal ranks, count. Shape [users, 3]."""

@@ -34,10 +34,10 @@ from offline.data.dataset import split_by_time, times_of
 from offline.evaluate import TRAIN_SHARE
 from offline.export import FILES, write_form
 from offline.logs import open_log, read_items
+from offline.ndcg import ndcg
 from offline.replay import read_entries
 from offline.training.ranker import TrainedRanker, evenly, train_ranker
 from offline.training.ranker_candidates import CandidateSources
-from offline.training.ranker_quality import ndcg
 from offline.training.ranker_questions import questions_of
 from offline.training.ranker_rows import Row, RowMaker
 from offline.training.towers import TrainedTowers, train_towers

@@ -26,7 +26,7 @@ from features.catalog import Catalog
 from features.vectors import CANDIDATE_FEATURES, USER_FEATURES
 from headrace.v1.events_pb2 import Item
 from offline.models import read_item_vectors
-from offline.training.ranker_quality import ndcg
+from offline.ndcg import ndcg
 from ranker.forms import (
     BF16,
     MAX_SCORE_CHANGE,

@@ -10,13 +10,13 @@ import numpy as np
 
 from features.catalog import Floats
 from features.vectors import CANDIDATE_FEATURES
+from offline.ndcg import ndcg
 from offline.training.ranker_fit import Trainer
 from offline.training.ranker_rows import Row
 from ranker.calibration import Calibration, expected_calibration_error, fit_platt
 from ranker.model import CLICK, HEADS
 from ranker.scorer import Scorer
 
-CUTOFF = 10
 # Clicks on lists that were shown which a calibration on such lists needs.
 LEAST_SHOWN_CLICKS = 100
 _SCORE = CANDIDATE_FEATURES.index("retrieval_score")
@@ -65,16 +65,6 @@ def order(scorer: Scorer, served: Sequence[Row], item_vectors: Floats) -> tuple[
         by_vector = by_source if vector is None else item_vectors[row.features.candidate_rows] @ vector
         retrieved.append(ndcg(by_vector, gains, row.missed_count))
     return (float(np.mean(ranked)), float(np.mean(retrieved))) if ranked else (0.0, 0.0)
-
-
-def ndcg(scores: Floats, gains: Floats, missed: int = 0, cutoff: int = CUTOFF) -> float:
-    """NDCG of one list with gains of 0 or 1; `missed` further relevant items are not in the list."""
-    relevant = int(gains.sum()) + missed
-    if relevant == 0:
-        return 0.0
-    best = np.argsort(-scores, kind="stable")[:cutoff]
-    discounts = 1 / np.log2(np.arange(2, cutoff + 2))
-    return float((gains[best] * discounts[: len(best)]).sum() / discounts[:relevant].sum())
 
 
 def auc(scores: Floats, labels: Floats) -> float:

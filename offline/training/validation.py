@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from candidate.encoder import Bools
 from candidate.history import Floats, Ints, Sequences
+from offline.ndcg import CUTOFF, ndcg_of_ranks
 from offline.training.interactions import Held
 
 _AT_ONCE = 256
@@ -29,8 +30,7 @@ class Quality:
         """From the rank of each target, 0 = first [n]."""
         if not len(ranks):
             return cls(0.0, 0.0)
-        hits = ranks < 10
-        return cls(float(np.where(hits, 1 / np.log2(ranks + 2), 0.0).mean()), float(hits.mean()))
+        return cls(float(ndcg_of_ranks(ranks).mean()), float((ranks < CUTOFF).mean()))
 
 
 class StepsEncoder(Protocol):

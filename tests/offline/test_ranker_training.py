@@ -15,11 +15,12 @@ from features.stores.event_rows import EVENTS, IMPRESSIONS, to_table
 from features.vectors import ranker_input
 from features.windows import UserEvent
 from headrace.v1.events_pb2 import Event
+from offline.ndcg import ndcg
 from offline.replay import Replay, read_entries
 from offline.training.ranker import train_ranker
 from offline.training.ranker_candidates import ANN
 from offline.training.ranker_distil import STUDENT_SHAPE, Teacher
-from offline.training.ranker_quality import auc, ndcg
+from offline.training.ranker_quality import auc
 from ranker.calibration import load_calibration
 from ranker.model import LIGHT, RankerConfig, RankerModel, load_ranker
 from ranker.scorer import Scorer
