@@ -9,31 +9,28 @@ any error of the store, and after anything unexpected, the rows in memory are dr
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from core.clock import Clock, SystemClock
 from core.errors import ConfigError, StageError
-from core.kafka import headers_of, topic_sources
+from core.kafka import topic_sources
 from core.process import uncollected
 from core.settings import Settings
 from core.telemetry import get_logger
 from core.topics import Topics
 from features.positions import Offsets
-from features.windows import new_tuple
 from streams import metrics
+from streams.batch import Batch, Where, sort_out
 from streams.broadcast import StatsBroadcast
 from streams.consumer import check_partitions, consumer_config
 from streams.dead_letters import DeadLetters
-from streams.processor import RawMessage, Received, try_decode
 from streams.rows import Rows
-from streams.sink import EventLogSink, Row
+from streams.sink import EventLogSink
 
 _log = get_logger("streams.reader")
 
-Where = tuple[str, int]
 _BACKOFF_SECONDS = (0.05, 2.0)
 _COMMIT_SECONDS = 1.0
 # How long a poll waits for a first message: markers, broadcasts and a stop wait with it.
@@ -42,16 +39,6 @@ _IDLE_SECONDS = 0.02
 _CATCHING_UP_EVENTS = 1000
 # How long the last broadcast may take when the worker stops; what is not acknowledged by then is told again.
 _BROADCAST_SECONDS = 2.0
-
-
-@dataclass(slots=True)
-class Batch:
-    """One poll, sorted out."""
-
-    received: list[Received] = field(default_factory=list)
-    letters: list[tuple[RawMessage, str]] = field(default_factory=list)
-    # Newest offset of each topic-partition.
-    last: dict[Where, int] = field(default_factory=dict)
 
 
 class BatchReader:
@@ -199,7 +186,7 @@ class BatchReader:
         return [*first, *consumer.consume(self._poll_max, 0)]
 
     def _handle(self, messages: Sequence[Any]) -> None:
-        batch = self._sort_out(messages)
+        batch = sort_out(messages, self._placed, self._processed, self._topics, self._sources, self._note_error)
         if not batch.last:
             return
         begin = self._clock.monotonic()
@@ -224,44 +211,18 @@ class BatchReader:
         if applied.watermark_ms:
             metrics.WATERMARK_AGE.set(self._clock.now_ms() - applied.watermark_ms)
 
-    def _sort_out(self, messages: Sequence[Any]) -> Batch:
-        batch = Batch()
-        for message in messages:
-            error = message.error()
-            if error is not None:
-                self._kafka_problem = error.str()
-                _log.warning("kafka", problem=self._kafka_problem)
-                if error.fatal() or error.code() == KafkaError._FATAL:
-                    # This client reads nothing any more: fenced, as by its own join after the broker was away.
-                    raise KafkaException(error)
-                continue
-            topic, partition, offset = message.topic(), message.partition(), message.offset()
-            if partition not in self._placed:
-                continue
-            time_ms = max(0, message.timestamp()[1])
-            raw = new_tuple(
-                RawMessage, (topic, partition, offset, message.key(), message.value(), headers_of(message), time_ms)
-            )
-            result = try_decode(raw, self._topics, self._sources)
-            if isinstance(result, str):
-                batch.letters.append((raw, result))
-            else:
-                batch.received.append(result)
-            where = (topic, partition)
-            before = batch.last.get(where)
-            if before is None:
-                before = self._processed.get(where, offset - 1)
-            if offset > before + 1:
-                _tell_missed(where, before + 1, offset)
-            batch.last[where] = offset
-        return batch
+    def _note_error(self, error: KafkaError) -> None:
+        """What the client says of Kafka, beside messages."""
+        self._kafka_problem = error.str()
+        _log.warning("kafka", problem=self._kafka_problem)
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            # This client reads nothing any more: fenced, as by its own join after the broker was away.
+            raise KafkaException(error)
 
     def _log_rows(self, batch: Batch) -> None:
         if self._sink is None:
             return
-        rows: dict[Where, list[Row]] = {where: [] for where in batch.last}
-        for received in batch.received:
-            rows[received.raw.topic, received.raw.partition].append((received.message, received.raw))
+        rows = batch.rows()
         for (topic, partition), last in batch.last.items():
             if not self._sink.add(topic, partition, last, rows[topic, partition], self._stopping):
                 raise StageError("event-log", "stopped before the event log took the rows")
@@ -423,15 +384,3 @@ class BatchReader:
 
     def _companions(self, partitions: set[int]) -> list[TopicPartition]:
         return [TopicPartition(topic, partition) for topic, partition in self._wheres(partitions)]
-
-
-def _tell_missed(where: Where, first: int, end: int) -> None:
-    """Neither compaction nor transactions leave gaps in these topics: retention was shorter than the lag."""
-    metrics.MISSED.labels(where[0]).inc(end - first)
-    _log.error(
-        "kafka dropped messages before they were read; `headrace rebuild` takes them from an event log that has them",
-        topic=where[0],
-        partition=where[1],
-        first=first,
-        count=end - first,
-    )
