@@ -5,11 +5,11 @@ rows, then (called by the reader) the partition's marker. Invariant: a row in me
 offsets and all; after any StageError that is no longer known, so the caller drops everything and goes back.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -26,6 +26,7 @@ from features.windows import Outcome, UserEvent, UserState
 from headrace.v1.events_pb2 import ItemStats
 from streams import metrics, processor
 from streams.processor import Changes, ItemKey, Received
+from streams.row_cache import Entry, RowCache
 
 _log = get_logger("streams.rows")
 
@@ -39,7 +40,6 @@ _ROWS_AT_ONCE = 500
 _USER_COLUMNS, _ITEM_COLUMNS = ("state", "offsets"), ("stats", "offsets")
 
 K = TypeVar("K")
-V = TypeVar("V")
 
 
 class RowsChangedError(StageError):
@@ -47,15 +47,6 @@ class RowsChangedError(StageError):
 
     def __init__(self, what: str) -> None:
         super().__init__("redis", f"{what} is older than what was written; go back to the marker")
-
-
-@dataclass(slots=True)
-class _Entry(Generic[V]):
-    """A row and the raw bytes of the offsets column that it was read or written with."""
-
-    value: V
-    raw: bytes
-    partition: int
 
 
 @dataclass(slots=True)
@@ -84,9 +75,8 @@ class Rows:
     def __init__(self, store: OnlineStore, settings: FeaturesSettings, capacity: int) -> None:
         self._store = store
         self._settings = settings
-        self._capacity = capacity
-        self._users: OrderedDict[str, _Entry[UserState]] = OrderedDict()
-        self._items: OrderedDict[ItemKey, _Entry[ItemPartial]] = OrderedDict()
+        self._users: RowCache[str, UserState] = RowCache(capacity)
+        self._items: RowCache[ItemKey, ItemPartial] = RowCache(capacity * _ITEMS_PER_USER)
         self._markers: dict[int, Offsets] = {}
         # Partitions of rows that were just read, until the store has proved to be the one that was written to.
         self._unproven: set[int] = set()
@@ -129,8 +119,8 @@ class Rows:
             self._unproven.clear()
             return
         gone = set(partitions)
-        _drop_from(self._users, gone)
-        _drop_from(self._items, gone)
+        self._users.drop(gone)
+        self._items.drop(gone)
         for partition in gone:
             self._markers.pop(partition, None)
         self._unproven -= gone
@@ -181,7 +171,7 @@ class Rows:
 
     def _load_users(self, batch: Sequence[Received], applied: Applied) -> Sequence[Received]:
         partition_of = {received.event.user_id: received.raw.partition for received in batch}
-        missing = self._missing(self._users, partition_of)
+        missing = self._users.missing(partition_of)
         if not missing:
             return batch
         refused: dict[str, str] = {}
@@ -205,7 +195,7 @@ class Rows:
             except MalformedEventError as error:
                 refused[user_id] = f"the user's row cannot be read: {error}"
                 continue
-            self._users[user_id] = _Entry(state, row.raw.get("offsets", ABSENT), partition_of[user_id])
+            self._users[user_id] = Entry(state, row.raw.get("offsets", ABSENT), partition_of[user_id])
         return refused
 
     def _write_users(self, changes: Changes) -> set[str]:
@@ -302,26 +292,15 @@ class Rows:
             _check_not_older(f"the row of item {key[0]!r}", self._items.pop(key).raw, row)
 
     def _load_items(self, wanted: Mapping[ItemKey, object]) -> None:
-        for some in _some_at_once(self._missing(self._items, wanted)):
+        for some in _some_at_once(self._items.missing(wanted)):
             self._keep_items(some, self._store.read(ITEM_STATS, _item_keys(some), _ITEM_COLUMNS))
             self._unproven.update(partition for _, partition in some)
 
     def _keep_items(self, keys: Sequence[ItemKey], rows: Sequence[Row]) -> None:
         for key, row in zip(keys, rows, strict=True):
-            self._items[key] = _Entry(_partial(key, _bytes(row, "stats")), row.raw.get("offsets", ABSENT), key[1])
+            self._items[key] = Entry(_partial(key, _bytes(row, "stats")), row.raw.get("offsets", ABSENT), key[1])
 
     # --- both ---
-
-    @staticmethod
-    def _missing(cache: OrderedDict[K, _Entry[V]], wanted: Mapping[K, object]) -> list[K]:
-        """What is not in memory; what is becomes the newest."""
-        missing = []
-        for key in wanted:
-            if key in cache:
-                cache.move_to_end(key)
-            else:
-                missing.append(key)
-        return missing
 
     def _write(self, writes: list[Write]) -> list[bool]:
         """Writes rows. What was read before counts only if the store still holds this worker's markers."""
@@ -337,10 +316,8 @@ class Rows:
         self._unproven.clear()
 
     def _shrink(self) -> None:
-        while len(self._users) > self._capacity:
-            self._users.popitem(last=False)
-        while len(self._items) > self._capacity * _ITEMS_PER_USER:
-            self._items.popitem(last=False)
+        self._users.shrink()
+        self._items.shrink()
         metrics.CACHED_ROWS.labels(USER_STATE.name).set(len(self._users))
         metrics.CACHED_ROWS.labels(ITEM_STATS.name).set(len(self._items))
 
@@ -367,11 +344,6 @@ def _some_at_once(keys: Collection[K]) -> Iterator[list[K]]:
     remaining = iter(keys)
     while some := list(islice(remaining, _ROWS_AT_ONCE)):
         yield some
-
-
-def _drop_from(cache: OrderedDict[K, _Entry[V]], partitions: set[int]) -> None:
-    for key in [key for key, entry in cache.items() if entry.partition in partitions]:
-        del cache[key]
 
 
 def _guarded(
