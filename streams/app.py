@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import aiokafka
@@ -54,6 +53,13 @@ class Threads(Service):
     async def on_stop(self) -> None:
         for part in reversed(self._parts):
             await asyncio.to_thread(part.stop)
+
+
+class App(faust.App):
+    """Faust without a folder: its tables would be kept there, and there are none."""
+
+    async def on_first_start(self) -> None:
+        """Makes no directories: those of a worker that is killed would stay for ever."""
 
 
 class QuietTopic:
@@ -139,14 +145,13 @@ class QuietTopic:
         return not self._stopping.is_set()
 
 
-def make_app(settings: Settings, topics: dict[str, QuietTopic], parts: Sequence[Any], folder: Path) -> faust.App:
+def make_app(settings: Settings, topics: dict[str, QuietTopic], parts: Sequence[Any]) -> App:
     """The app, with one agent per quiet topic.
 
     Args:
         settings: of the process.
         topics: by name.
         parts: what has threads of its own (`start`, `stop`), in the order to start it.
-        folder: where Faust may keep what it wants to keep.
     """
     _shorten_fetch_wait(max(settings.kafka.fetch_wait_max_ms, _QUIET_FETCH_WAIT_MS))
     header_names.install()
@@ -158,12 +163,11 @@ def make_app(settings: Settings, topics: dict[str, QuietTopic], parts: Sequence[
     for name in ("", ".cluster", ".conn", ".consumer.fetcher", ".consumer.group_coordinator"):
         logging.getLogger(f"aiokafka{name}").addFilter(SaidOnce())
     session_seconds = settings.streams.session_timeout_ms / 1000
-    app = faust.App(
+    app = App(
         # Of the project, too: another one (`headrace rebuild --project`) needs its own profiles.
         f"{settings.streams.group_id}-{settings.features.project}-profiles",
         broker=[f"kafka://{address}" for address in settings.kafka.bootstrap_servers.split(",")],
         autodiscover=False,
-        datadir=folder,
         store="memory://",
         web_enabled=False,
         # `headrace topics` makes topics, with the right partitions; Faust's leader topic has no use here.

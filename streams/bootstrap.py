@@ -5,12 +5,10 @@ event log's buffers and leaves the group, in this order.
 """
 
 import asyncio
-import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from core.errors import StageError
@@ -60,22 +58,21 @@ async def serve(settings: Settings, process: Process) -> None:
     worker = Worker(settings, producer, sources, stopping)
     process.readiness.add("reader", worker.reader.problem)
     process.readiness.add("partitions", worker.watchdog.problem)
-    with tempfile.TemporaryDirectory(prefix="headrace-faust-") as folder:
-        collecting: asyncio.Task[None] | None = None
-        app = worker.app = make_app(settings, worker.quiet_topics, worker.parts, Path(folder))
-        try:
-            await app.start()
-            state["problem"] = ""
-            freeze_heap()
-            freeze_survivors(_YOUNG_OBJECTS)
-            collecting = asyncio.create_task(collect_when_idle(worker.is_idle))
-            await _until_stopped(process, app)
-        finally:
-            if collecting is not None:
-                collecting.cancel()
-            stopping.set()
-            await app.stop()
-            await asyncio.to_thread(producer.close)
+    collecting: asyncio.Task[None] | None = None
+    app = worker.app = make_app(settings, worker.quiet_topics, worker.parts)
+    try:
+        await app.start()
+        state["problem"] = ""
+        freeze_heap()
+        freeze_survivors(_YOUNG_OBJECTS)
+        collecting = asyncio.create_task(collect_when_idle(worker.is_idle))
+        await _until_stopped(process, app)
+    finally:
+        if collecting is not None:
+            collecting.cancel()
+        stopping.set()
+        await app.stop()
+        await asyncio.to_thread(producer.close)
 
 
 class Worker:

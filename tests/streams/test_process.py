@@ -40,6 +40,8 @@ class Worker:
 
     def __init__(self, settings, log: Path) -> None:
         self.settings, self._log = settings, log
+        self.folder = log.with_suffix(".folder")
+        self.folder.mkdir()
         self.topics = Topics(settings.kafka.topic_prefix)
         self.store = OnlineStore(settings.redis, settings.features.project)
         self._ports = Ports()
@@ -65,7 +67,13 @@ class Worker:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 tied(python_module("streams")),
-                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", **self._environment},
+                cwd=self.folder,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}",
+                    "TMPDIR": str(self.folder),
+                    **self._environment,
+                },
                 stderr=log,
             )
         wait_until(lambda: http_problem(self.port, "/ready") is None or self.process.poll() is not None)
@@ -110,6 +118,8 @@ def test_a_worker_is_killed_comes_back_and_ends_cleanly(worker, kafka_producer) 
     ]
     kafka_producer.flush()
     worker.end(signal.SIGKILL)
+    # Nobody would ever remove it.
+    assert not list(worker.folder.iterdir())
     sent += [
         send(kafka_producer, worker, worker.topics.events, users[n % 5], event(n, users[n % 5]))
         for n in range(300, 600)
