@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from core.errors import NotFoundError, RecommenderError
+from devstack import priority
 from devstack.child import tied
 from devstack.processes import ProcessSpec, describe_exit, last_line
 
@@ -209,6 +210,7 @@ class Keeper:
                 # Its own session: Ctrl-C reaches the supervisor only, which then stops everything in order.
                 start_new_session=True,
             )
+            priority.set_share(process.pid, priority.STARTING)
             self._process = process
             self._set(State.STARTING)
             if not self._wanted:
@@ -259,6 +261,7 @@ class Keeper:
             self._fail(str(error))
             process.kill()
             return False
+        priority.set_share(process.pid, priority.SERVING)
         self._set(State.READY)
         self._with.say(self.spec.name, f"ready after {seconds:.1f} s")
         return True

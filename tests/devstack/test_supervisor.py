@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from core.errors import ConfigError, NotFoundError, StageError
-from devstack import keeper, processes
+from devstack import keeper, priority, processes
 from devstack.keeper import Backoff, State
 from devstack.processes import ProcessSpec
 from devstack.supervisor import Supervisor
@@ -162,6 +162,20 @@ def test_a_process_that_never_gets_ready_says_what_it_waits_for(
     supervisor = supervise(tiny("a", "--problem", "bundle: none yet", start_timeout_seconds=1))
     with pytest.raises(StageError, match="a: is not ready after 1 s: bundle: none yet"):
         supervisor.start_all(20)
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no scheduling groups")
+def test_a_process_yields_to_the_others_until_it_is_ready(supervise: MakeSupervisor) -> None:
+    problems = ["still reading"]
+    command = (sys.executable, "-c", "import signal; signal.pause()")
+    supervisor = supervise(ProcessSpec("a", command, check=lambda: problems[0] if problems else None))
+    supervisor.start("a")
+    assert supervisor.wait_state("a", State.STARTING, 10)
+    group = Path(f"/proc/{supervisor.pid('a')}/autogroup")
+    assert group.read_text().endswith(f"nice {priority.STARTING}\n")
+    problems.clear()
+    supervisor.wait_ready("a", 10)
+    assert group.read_text().endswith("nice 0\n")
 
 
 def test_a_process_that_hangs_is_killed_and_started_again(
