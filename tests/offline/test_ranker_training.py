@@ -10,6 +10,7 @@ from core.bundle import CALIBRATION, RANKER, RANKER_CONFIG
 from core.codec import from_ms
 from core.errors import ConfigError
 from core.settings import Settings, load_settings
+from features.catalog import Catalog
 from features.stores.event_log import EventLog
 from features.stores.event_rows import EVENTS, IMPRESSIONS, to_table
 from features.vectors import ranker_input
@@ -22,7 +23,9 @@ from offline.training.ranker_candidates import ANN
 from offline.training.ranker_distil import STUDENT_SHAPE, Teacher
 from offline.training.ranker_quality import auc
 from ranker.calibration import load_calibration
+from ranker.forms import TorchNetwork
 from ranker.model import LIGHT, RankerConfig, RankerModel, load_ranker
+from ranker.probe import load_probe
 from ranker.scorer import Scorer
 
 from .conftest import DIMENSION, HOUR_MS, ITEMS_PER_TASTE, T0_MS, TASTES, untrained_towers
@@ -51,12 +54,28 @@ def test_the_probabilities_are_calibrated(trained: Trained) -> None:
 
 
 def test_a_light_scorer_comes_with_it(trained: Trained) -> None:
-    work, metrics = trained
+    work, _ = trained
     light = load_ranker(work, LIGHT)
     assert light.config.teacher_version == load_ranker(work).config.model_version
     # No second copy of the items' tastes; no part that reads the history.
     assert (light.config.items, light.tastes.numel(), light.config.reads_history) == (0, 0, False)
-    assert metrics["light_ndcg_at_10"] > metrics["retrieval_ndcg_at_10"]
+
+
+def test_lists_that_the_light_scorer_cuts_keep_their_order(trained: Trained, tastes: EventLog, small: Settings) -> None:
+    work, _ = trained
+    items = list(tastes.items())
+    catalog = Catalog.of_items(items, small.features)
+    vectors = untrained_towers(items, small).item_vectors
+    scorer = Scorer(load_ranker(work), vectors, catalog.column("categories"), load_calibration(work))
+    scorer.light = TorchNetwork(load_ranker(work, LIGHT), torch.device("cpu"))
+    probe = load_probe(work)
+
+    def quality(keep: int | None) -> float:
+        made = scorer.score(probe.inputs, probe.user_vectors, keep)
+        return float(np.mean([ndcg(one.click, gains) for one, gains in zip(made, probe.gains, strict=True)]))
+
+    longest = max(len(one.candidate_rows) for one in probe.inputs)
+    assert quality(longest // 3) > 0.95 * quality(None)
 
 
 def test_a_student_learns_what_its_teacher_thinks(tastes: EventLog, small: Settings, tmp_path: Path) -> None:
