@@ -37,6 +37,8 @@ _RECENT = 1000
 _TICK_SECONDS = 0.01
 # Of the time given, what the stages have while requests are shed.
 _PRESSED_SHARE = 0.6
+# Of the time that is left, how much a request that is shed may wait for its turn.
+_SHED_WAIT_SHARE = 0.4
 # Candidates below which the sources could not even fill a long answer.
 _LEAST_CANDIDATES = 50
 # With less time than this nobody is asked: one hop to another process and back takes 1 ms at best.
@@ -57,6 +59,8 @@ class Recommender:
         self._pipeline = pipeline
         self._settings = settings
         self._clock = clock
+        # Held by the request that is shed just now.
+        self.shed_turn = asyncio.Lock()
         self._recent_ms: deque[float] = deque(maxlen=_RECENT)
         self.load = LoadControl(settings.max_concurrent_requests, clock)
         self.releases = releases
@@ -134,8 +138,7 @@ class Recommender:
             query.trace.degrade(types.DEGRADED_REASON_DEADLINE_SHORT)
             return self._pipeline.recommend_from_ladder(query)
         if not self.load.enter():
-            query.trace.degrade(types.DEGRADED_REASON_OVERLOADED)
-            return self._pipeline.recommend_from_ladder(query)
+            return await self._shed(query)
         try:
             async with asyncio.timeout(query.budget.last_call.remaining_seconds()):
                 return await self._pipeline.recommend(query)
@@ -150,6 +153,23 @@ class Recommender:
             return self._pipeline.recommend_from_ladder(query)
         finally:
             self.load.leave(given_ms - query.budget.deadline.remaining_ms(), given_ms)
+
+    async def _shed(self, query: Query) -> RecommendResponse:
+        """An answer from the ladder, one a turn of the loop: what is ranked takes ten turns, and must get on.
+
+        Callers that ask again at once would otherwise have all of the loop's time for answers that are not ranked.
+        """
+        query.trace.degrade(types.DEGRADED_REASON_OVERLOADED)
+        try:
+            async with asyncio.timeout(_SHED_WAIT_SHARE * query.budget.deadline.remaining_seconds()):
+                await self.shed_turn.acquire()
+        except TimeoutError:
+            return self._pipeline.recommend_from_ladder(query)
+        try:
+            return self._pipeline.recommend_from_ladder(query)
+        finally:
+            # In the next turn: nobody else is shed in this one.
+            asyncio.get_running_loop().call_soon(self.shed_turn.release)
 
     def _observe(self, query: Query, response: RecommendResponse, elapsed_ms: float) -> None:
         tier = tier_name(response.served_tier)

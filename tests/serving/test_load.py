@@ -26,12 +26,55 @@ class Stuck:
 
 
 async def test_stages_that_end_too_late_are_not_waited_for() -> None:
-    releases = SimpleNamespace(current=SimpleNamespace(catalog=None))
-    recommender = Recommender(Stuck(), releases, load_settings().serving, SystemClock())
+    recommender = recommender_of(Stuck(), 64)
     deadline = Deadline.after_ms(1000)
     answered = await recommender.recommend(RecommendRequest(user_id="ada"), deadline)
     assert answered.response.degraded_reasons == [types.DEGRADED_REASON_OVERLOADED]
     assert not deadline.expired()
+
+
+class Turns(Stuck):
+    """A pipeline of ten turns of the loop, as its stages have; notes what ends when."""
+
+    def __init__(self) -> None:
+        self.ended = []
+
+    async def recommend(self, query):
+        for _ in range(10):
+            await asyncio.sleep(0)
+        self.ended.append("ranked")
+        return RecommendResponse()
+
+    def recommend_from_ladder(self, query):
+        self.ended.append("shed")
+        return super().recommend_from_ladder(query)
+
+
+def recommender_of(pipeline, limit: int) -> Recommender:
+    settings = load_settings(overrides={"serving": {"max_concurrent_requests": limit}}).serving
+    return Recommender(pipeline, SimpleNamespace(current=SimpleNamespace(catalog=None)), settings, SystemClock())
+
+
+async def test_a_crowd_that_is_shed_leaves_the_loop_to_what_is_ranked() -> None:
+    pipeline = Turns()
+    recommender = recommender_of(pipeline, 1)
+    asked = [RecommendRequest(user_id=f"u{n}") for n in range(100)]
+    answered = await asyncio.gather(*(recommender.recommend(one, Deadline.after_ms(5000)) for one in asked))
+    assert sum(not one.response.degraded_reasons for one in answered) == 1
+    # Less than two are shed a turn.
+    assert pipeline.ended.index("ranked") < 20
+
+
+async def test_who_is_shed_and_has_little_time_does_not_wait_for_a_turn() -> None:
+    recommender = recommender_of(Stuck(), 1)
+    stuck = asyncio.create_task(recommender.recommend(RecommendRequest(user_id="ada"), Deadline.after_ms(5000)))
+    await asyncio.sleep(0)
+    async with recommender.shed_turn:
+        deadline = Deadline.after_ms(200)
+        answered = await recommender.recommend(RecommendRequest(user_id="bob"), deadline)
+    assert answered.response.degraded_reasons == [types.DEGRADED_REASON_OVERLOADED]
+    assert not deadline.expired()
+    stuck.cancel()
 
 
 def run(load, clock, rounds, at_once=1, share=0.1, late_ms=0.0) -> int:
