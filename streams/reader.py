@@ -39,6 +39,8 @@ _IDLE_SECONDS = 0.02
 _CATCHING_UP_EVENTS = 1000
 # How long the last broadcast may take when the worker stops; what is not acknowledged by then is told again.
 _BROADCAST_SECONDS = 2.0
+# Sessions that a new client has to join the group; one that the group has lost has one session to come back.
+_SESSIONS_TO_JOIN = 4
 
 
 class BatchReader:
@@ -71,6 +73,8 @@ class BatchReader:
         self._owned: set[int] = set()
         self._placed: set[int] = set()
         self._assigned_once = False
+        # When to give this client up, unless the group takes it in before; None: it is in the group.
+        self._join_by: float | None = None
         self._processed: dict[Where, int] = {}
         # Offsets that must be processed before the rows are as new as the marker says.
         self._targets: dict[Where, int] = {}
@@ -150,13 +154,28 @@ class BatchReader:
                 [self._topics.events], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
             self._problem = ""
+            self._expect_to_join(_SESSIONS_TO_JOIN)
             while not self._stopping.is_set():
+                self._check_membership()
                 self._step(consumer)
             self._drain(consumer)
         finally:
             # Leaving the group calls on_revoke: what it does with the store was done by _drain.
             self._forget(self._owned)
             consumer.close()
+
+    def _expect_to_join(self, sessions: int) -> None:
+        self._join_by = self._clock.monotonic() + sessions * self._settings.streams.session_timeout_ms / 1000
+
+    def _check_membership(self) -> None:
+        """Raises StageError where the client does not get (back) into the group.
+
+        After a broker hung, librdkafka was seen to queue its requests for the coordinator without ever connecting to
+        it again; a new client joins at once.
+        """
+        if self._join_by is not None and self._clock.monotonic() > self._join_by:
+            why = f": {self._kafka_problem}" if self._kafka_problem else ""
+            raise StageError("kafka", f"not let into group {self._settings.streams.group_id} in time{why}")
 
     def _step(self, consumer: Consumer) -> None:
         messages = self._poll(consumer)
@@ -334,6 +353,7 @@ class BatchReader:
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
         _log.info("assigned", partitions=sorted(tp.partition for tp in assigned))
         self._assigned_once = True
+        self._join_by = None
         self._owned.update(tp.partition for tp in assigned)
         # Nothing is read before its marker is known: see _place.
         if self._cooperative:
@@ -355,6 +375,7 @@ class BatchReader:
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
         partitions = {tp.partition for tp in lost}
         _log.warning("lost to another worker", partitions=sorted(partitions))
+        self._expect_to_join(1)
         self._give_up(consumer, partitions)
 
     def _give_up(self, consumer: Consumer, partitions: set[int]) -> None:

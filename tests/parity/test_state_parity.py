@@ -5,6 +5,7 @@ and a second worker that believes that the partitions are its own.
 """
 
 import random
+import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -278,6 +279,52 @@ def test_a_worker_whose_name_another_client_took_for_a_while_goes_on(
     wait_until(lambda: "fenced by other consumer" in caplog.text, 30, "fenced")
     written += send(kafka_producer, sent.messages[third:])
     part.wait_for(written, 60)
+    assert_store_equals_single_pass(settings, sent)
+
+
+class Forgetful(Consumer):
+    """A client whose first one loses its partitions once `is_due`, and is never let into the group again."""
+
+    is_due = threading.Event()
+    made = 0
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        type(self).made += 1
+        self._is_first, self._is_stuck = self.made == 1, False
+
+    def subscribe(self, topics, on_assign, on_revoke, on_lost) -> None:
+        self._on_lost = on_lost
+        super().subscribe(topics, on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
+
+    def consume(self, *arguments):
+        if self._is_stuck:
+            time.sleep(0.02)
+            return []
+        if self._is_first and self.is_due.is_set():
+            self._is_stuck = True
+            self._on_lost(self, self.assignment())
+            return []
+        return super().consume(*arguments)
+
+
+@pytest.mark.real_kafka
+def test_a_client_that_does_not_get_back_into_the_group_is_replaced(
+    shared_redis, stream_settings, start_reader, kafka_producer, monkeypatch
+) -> None:
+    """As librdkafka was seen to be stuck after a broker hung for longer than the session."""
+    monkeypatch.setattr("streams.reader.Consumer", Forgetful)
+    settings = stream_settings(shared_redis, instance_id="worker-1")
+    sent = draw(Topics(settings.kafka.topic_prefix), 600, seed=11)
+    third = len(sent.messages) // 3
+    part = start_reader(settings)
+    written = send(kafka_producer, sent.messages[:third])
+    part.wait_for(written)
+    Forgetful.is_due.set()
+    wait_until(lambda: not part.reader.processed(), 10, "lost")
+    written += send(kafka_producer, sent.messages[third:])
+    part.wait_for(written, 60)
+    assert Forgetful.made == 2
     assert_store_equals_single_pass(settings, sent)
 
 
