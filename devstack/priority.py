@@ -8,8 +8,8 @@ serve, until it is ready. Source: sched(7), "The autogroup feature". Invariant: 
 from contextlib import suppress
 from pathlib import Path
 
-# As of nice(1): a third of the share of a process at 0 where both want all, all of it where nobody else wants any.
-STARTING = 5
+# As of nice(1): a tenth of the share of a process at 0 where both want all, all of it where nobody else wants any.
+STARTING = 10
 SERVING = 0
 
 
