@@ -110,6 +110,11 @@ class BatchReader:
     def owns(self, partition: int) -> bool:
         return partition in self._placed
 
+    @property
+    def is_in_group(self) -> bool:
+        """Whether there is nothing to wait for: the group has taken the client in, with or without partitions."""
+        return self._join_by is None
+
     def skip_expired(self, oldest: Mapping[Where, int]) -> None:
         """Told the oldest offsets that Kafka still has: what the event log lacks below them will never come."""
         for where, target in list(self._targets.items()):
@@ -154,7 +159,10 @@ class BatchReader:
                 [self._topics.events], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
             self._problem = ""
-            self._expect_to_join(_SESSIONS_TO_JOIN)
+            self._join_by = None
+            # By the protocol "consumer" a member that gets no partitions is not told that it is one.
+            if self._settings.streams.group_protocol != "consumer":
+                self._expect_to_join(_SESSIONS_TO_JOIN)
             while not self._stopping.is_set():
                 self._check_membership()
                 self._step(consumer)

@@ -328,6 +328,21 @@ def test_a_client_that_does_not_get_back_into_the_group_is_replaced(
     assert_store_equals_single_pass(settings, sent)
 
 
+@pytest.mark.real_kafka
+@pytest.mark.parametrize("protocol", ["cooperative-sticky", "range", "consumer"])
+def test_workers_that_get_no_partitions_keep_their_clients(
+    shared_redis, stream_settings, start_reader, protocol
+) -> None:
+    settings = stream_settings(shared_redis, group_protocol=protocol)
+    readers = [start_reader(settings).reader for _ in range(len(PARTITIONS) + 1)]
+
+    def is_settled() -> bool:
+        owned = [partition for reader in readers for partition in PARTITIONS if reader.owns(partition)]
+        return sorted(owned) == list(PARTITIONS) and all(reader.is_in_group for reader in readers)
+
+    wait_until(is_settled, 30, "settled")
+
+
 def assert_log_holds_each_position_once(settings, written, sent: Sent) -> None:
     log = EventLog(settings.streams.event_log_path)
     logged = Counter()
