@@ -256,17 +256,22 @@ def test_two_workers_that_both_believe_to_own_everything(
     assert_log_holds_each_position_once(settings, written, sent)
 
 
+def begun(settings, start_reader, producer, *, seed: int):
+    """A reader that has processed the first third of 600 messages, all that are drawn, and where that third lies."""
+    sent = draw(Topics(settings.kafka.topic_prefix), 600, seed=seed)
+    part = start_reader(settings)
+    written = send(producer, sent.messages[: len(sent.messages) // 3])
+    part.wait_for(written)
+    return part, sent, written
+
+
 @pytest.mark.real_kafka
 def test_a_worker_whose_name_another_client_took_for_a_while_goes_on(
     shared_redis, stream_settings, start_reader, kafka_producer, caplog
 ) -> None:
     """Fenced, its client is dead for good; after the broker was away, the worker's own join may fence it."""
     settings = stream_settings(shared_redis, instance_id="worker-1")
-    sent = draw(Topics(settings.kafka.topic_prefix), 600, seed=9)
-    third = len(sent.messages) // 3
-    part = start_reader(settings)
-    written = send(kafka_producer, sent.messages[:third])
-    part.wait_for(written)
+    part, sent, written = begun(settings, start_reader, kafka_producer, seed=9)
     other = Consumer(consumer_config(settings))
     other.subscribe([Topics(settings.kafka.topic_prefix).events])
 
@@ -277,7 +282,7 @@ def test_a_worker_whose_name_another_client_took_for_a_while_goes_on(
     wait_until(has_taken_over, 30, "taken over")
     other.close()
     wait_until(lambda: "fenced by other consumer" in caplog.text, 30, "fenced")
-    written += send(kafka_producer, sent.messages[third:])
+    written += send(kafka_producer, sent.messages[len(written) :])
     part.wait_for(written, 60)
     assert_store_equals_single_pass(settings, sent)
 
@@ -314,15 +319,13 @@ def test_a_client_that_does_not_get_back_into_the_group_is_replaced(
 ) -> None:
     """As librdkafka was seen to be stuck after a broker hung for longer than the session."""
     monkeypatch.setattr("streams.reader.Consumer", Forgetful)
+    monkeypatch.setattr(Forgetful, "is_due", threading.Event())
+    monkeypatch.setattr(Forgetful, "made", 0)
     settings = stream_settings(shared_redis, instance_id="worker-1")
-    sent = draw(Topics(settings.kafka.topic_prefix), 600, seed=11)
-    third = len(sent.messages) // 3
-    part = start_reader(settings)
-    written = send(kafka_producer, sent.messages[:third])
-    part.wait_for(written)
+    part, sent, written = begun(settings, start_reader, kafka_producer, seed=11)
     Forgetful.is_due.set()
     wait_until(lambda: not part.reader.processed(), 10, "lost")
-    written += send(kafka_producer, sent.messages[third:])
+    written += send(kafka_producer, sent.messages[len(written) :])
     part.wait_for(written, 60)
     assert Forgetful.made == 2
     assert_store_equals_single_pass(settings, sent)
